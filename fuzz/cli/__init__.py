@@ -1,0 +1,27 @@
+"""The command line: one module per command."""
+
+import sys
+
+import typer
+from rich.console import Console
+
+from kernelfuzz.fuzz.cli import releases
+from kernelfuzz.strategies.errors import KernelfuzzError
+
+app = typer.Typer(
+    name="kernelfuzz",
+    help="Fuzz released MoE and LoRA kernels against pure-torch oracles.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(releases.app, name="releases")
+
+
+def main() -> None:
+    """Run the command line; a problem the user can mend is one line on stderr and exit status 2."""
+    try:
+        app()
+    except KernelfuzzError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)

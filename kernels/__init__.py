@@ -1,0 +1,1 @@
+"""What is under test: released kernels, a user's own, and small examples."""

@@ -4,8 +4,11 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from kernelfuzz.fuzz.cli import releases
+from kernelfuzz.fuzz.cli.list import list_kernels
+from kernelfuzz.fuzz.cli.releases import app as releases_app
+from kernelfuzz.fuzz.cli.run import run
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 app = typer.Typer(
@@ -15,7 +18,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(releases.app, name="releases")
+app.command("run")(run)
+app.command("list")(list_kernels)
+app.add_typer(releases_app, name="releases")
 
 
 def main() -> None:
@@ -23,5 +28,5 @@ def main() -> None:
     try:
         app()
     except KernelfuzzError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)

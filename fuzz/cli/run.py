@@ -1,0 +1,108 @@
+"""`kernelfuzz run`: look for failures under a budget, or see one case again."""
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from kernelfuzz.fuzz import events
+from kernelfuzz.fuzz.campaign import Budget, run_campaign
+from kernelfuzz.fuzz.console import Display
+from kernelfuzz.fuzz.files import FailureFiles, SummaryFile, read_case
+from kernelfuzz.fuzz.job import Job, Skipped, default_jobs, named_jobs
+from kernelfuzz.fuzz.replay import replay_case
+from kernelfuzz.fuzz.summary import Summary
+from kernelfuzz.fuzz.targets import get_target
+from kernelfuzz.kernels.registry import parse_device
+from kernelfuzz.strategies.errors import KernelfuzzError
+
+DEFAULT_SECONDS = 60.0
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def run(
+    targets: Annotated[list[str] | None, typer.Argument(metavar="[TARGET]...", help="Default: every target.")] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME, NAME@VERSION, NAME@PATH or MODULE:FUNCTION. Default: the newest releases."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, xpu. Default: the best there is.")] = None,
+    examples: Annotated[int | None, typer.Option(help="Examples for each kernel.", show_default=False)] = None,
+    time: Annotated[str | None, typer.Option(help="Time for all together, like 90s, 10m, 2h. Default: 60s.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same cases. Default: a new one.")] = None,
+    case: Annotated[Path | None, typer.Option(help="Run this one saved case instead.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the summary and the failures.")] = Path("kernelfuzz-out"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")] = False,
+) -> None:
+    """Fuzz kernels and report what fails.
+
+    Exit status: 0 no failure, 1 failures, 2 usage or environment.
+    """
+    console = Console(stderr=as_json, highlight=False)
+    where = None if device is None else parse_device(device)
+    if case is not None:
+        if examples is not None or time is not None:
+            raise KernelfuzzError("--case runs one case: leave out --examples and --time")
+        raise typer.Exit(replay_case(read_case(case), targets or [], kernel or [], where, console, as_json))
+    for name in targets or []:
+        get_target(name)
+    budget = _budget(examples, time)
+    jobs, skipped = _jobs(targets or [], kernel or [], where)
+    _require_writable(out)
+    seed = random.randrange(2**32) if seed is None else seed
+
+    summary = Summary()
+    display = Display(console, summary)
+    bus = events.Bus([summary, FailureFiles(out, seed), SummaryFile(out, summary)])
+    with display.live():
+        run_campaign(jobs, skipped, budget, seed, out / "examples", bus)
+    display.print_end(out)
+    if as_json:
+        print(json.dumps(summary.to_json(), indent=2))
+    if summary.failed:
+        raise typer.Exit(1)
+    raise typer.Exit(2 if summary.broken else 0)
+
+
+def _jobs(targets: list[str], kernels: list[str], device: torch.device | None) -> tuple[list[Job], list[Skipped]]:
+    """Return what to run, and what cannot run here. Raises KernelfuzzError if nothing can."""
+    if kernels:
+        return named_jobs(targets, kernels, device), []
+    jobs, skipped = default_jobs(targets, device)
+    if not jobs:
+        reasons = "; ".join(f"{item.kernel}: {item.reason}" for item in skipped)
+        raise KernelfuzzError(f"nothing can run here: {reasons}")
+    return jobs, skipped
+
+
+def _budget(examples: int | None, time: str | None) -> Budget:
+    """Return the budget. Raises KernelfuzzError unless one positive amount, or nothing, was given."""
+    if examples is not None and time is not None:
+        raise KernelfuzzError("give --examples or --time, not both")
+    if examples is not None:
+        if examples <= 0:
+            raise KernelfuzzError(f"--examples {examples}: expected at least 1")
+        return Budget(examples=examples)
+    if time is None:
+        return Budget(seconds=DEFAULT_SECONDS)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", time)
+    seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    if seconds <= 0:
+        raise KernelfuzzError(f"--time {time!r}: expected a positive time like 90s, 10m or 2h")
+    return Budget(seconds=seconds)
+
+
+def _require_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written before anything is run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise KernelfuzzError(f"--out {folder}: {error.strerror}; name a folder that can be written") from error

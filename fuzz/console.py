@@ -1,0 +1,133 @@
+"""What a person sees of a campaign: a live table, then the failures and a summary. A consumer of events."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from kernelfuzz.fuzz.events import FailureFound
+from kernelfuzz.fuzz.summary import JobSummary, Summary
+from kernelfuzz.strategies.case import Case
+
+_STATE_STYLES = {"running": "bold cyan", "shrinking": "bold yellow", "done": "green", "error": "bold red"}
+
+
+class Display:
+    """Shows a campaign on a console while `live` is active."""
+
+    def __init__(self, console: Console, summary: Summary) -> None:
+        self._console = console
+        self._summary = summary
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Redraw the table twice a second; without a terminal, print nothing until the end."""
+        if not self._console.is_terminal:
+            yield
+            return
+        with Live(console=self._console, get_renderable=self._table, refresh_per_second=2, transient=True):
+            yield
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("target", no_wrap=True)
+        table.add_column("kernel", overflow="fold")
+        table.add_column("device", no_wrap=True)
+        for name in ("examples", "per second", "err/bound", "failures"):
+            table.add_column(name, justify="right")
+        table.add_column("state", no_wrap=True)
+        for entry in self._summary.jobs:
+            rate = f"{entry.cases / entry.seconds:,.0f}" if entry.seconds else ""
+            failures = Text(str(len(entry.failures)), style="bold red" if entry.failures else "")
+            table.add_row(
+                entry.job.target.name,
+                str(entry.job.kernel),
+                str(entry.job.device),
+                f"{entry.examples:,}",
+                rate,
+                f"{entry.worst_ratio:.3f}" if entry.worst_ratio else "",
+                failures,
+                Text(entry.state, style=_STATE_STYLES.get(entry.state, "dim")),
+            )
+        return table
+
+    def print_end(self, folder: Path) -> None:
+        """Print the final table, what could not run, each failure, and where the files are."""
+        summary, console = self._summary, self._console
+        console.print(self._table())
+        for entry in summary.jobs:
+            if entry.error:
+                console.print(f"[bold red]error:[/] {escape(entry.error)}", soft_wrap=True)
+        for skipped in summary.skipped:
+            what = escape(f"{skipped.target} on {skipped.kernel} ({skipped.device}): {skipped.reason}")
+            console.print(f"[dim]skipped[/] {what}", soft_wrap=True)
+        for entry in summary.jobs:
+            for failure in entry.failures.values():
+                console.print(self._failure(entry, failure, folder), soft_wrap=True)
+        if summary.interrupted:
+            console.print("[bold yellow]interrupted[/]: this is what was done until then")
+        found = sum(len(entry.failures) for entry in summary.jobs)
+        examples = sum(entry.examples for entry in summary.jobs)
+        verdict = f"[bold red]{found} failure(s)[/]" if found else "[bold green]no failure[/]"
+        console.print(
+            f"{verdict} in {examples:,} examples; seed {summary.seed}; {escape(str(folder / 'summary.json'))}",
+            soft_wrap=True,
+        )
+
+    def _failure(self, entry: JobSummary, found: FailureFound, folder: Path) -> Group:
+        failure = found.failure
+        size = "smallest case found" if found.shrunk else "case as found, not shrunk"
+        path = folder / "failures" / found.fingerprint / "case.json"
+        again = f"kernelfuzz run {entry.job.target.name} --kernel {entry.job.kernel} --device {entry.job.device}"
+        lines = [
+            Text(),
+            Text.assemble((f"{failure.kind}", "bold red"), "  ", (found.fingerprint, "bold")),
+            Text(f"  {failure.message}"),
+            *element_lines(failure.elements),
+            Text(f"  {size} (first seen at example {found.examples:,} of {entry.examples:,}):"),
+            *case_lines(found.case),
+            Text.assemble("  see it again: ", (f"{again} --case {path}", "cyan")),
+        ]
+        return Group(*lines)
+
+
+def element_lines(elements: tuple[dict[str, Any], ...]) -> Iterator[Text]:
+    """Return differing elements as readable lines."""
+    for element in elements:
+        index = ", ".join(map(str, element["index"]))
+        text = f"    [{index}] expected {element['expected']}, got {element['actual']}"
+        if "error_over_bound" in element:
+            text += f"  (err/bound {element['error_over_bound']:.3g})" if _finite(element) else "  (err/bound inf)"
+        yield Text(text, style="dim")
+
+
+def _finite(element: dict[str, Any]) -> bool:
+    return not isinstance(element["error_over_bound"], str)
+
+
+def case_lines(case: Case) -> Iterator[Text]:
+    """Return a case as readable lines, several fields to a line."""
+    line = "   "
+    for field in dataclasses.fields(case):
+        text = f" {field.name}={_short(getattr(case, field.name))}"
+        if len(line) + len(text) > 76:
+            yield Text(line)
+            line = "   "
+        line += text
+    yield Text(line)
+
+
+def _short(value: Any) -> str:
+    """Return a value of a case without the names of its types: segments as adapter×length."""
+    if hasattr(value, "segments"):
+        return "[" + " ".join(f"{segment.adapter}×{segment.length}" for segment in value.segments) + "]"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return "(" + " ".join(f"{name}={_short(inner)}" for name, inner in vars(value).items()) + ")"
+    return str(value)

@@ -1,0 +1,79 @@
+"""What a campaign says while it runs. Displays, files and reports are consumers of these events and nothing else."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kernelfuzz.fuzz.job import Job, Skipped
+from kernelfuzz.fuzz.verdict import Failure, Verdict
+from kernelfuzz.strategies.case import Case
+
+
+@dataclass(frozen=True)
+class CampaignStarted:
+    """The jobs that will run, in order, and the kernels that cannot."""
+
+    jobs: tuple[Job, ...]
+    skipped: tuple[Skipped, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class JobStarted:
+    """A job's kernel is loaded; `version` is what it says it is."""
+
+    job: Job
+    version: str
+
+
+@dataclass(frozen=True)
+class CaseFinished:
+    """A case was run: example number `examples`, or one more try to make a failure smaller where `shrinking`."""
+
+    job: Job
+    regimes: frozenset[str]
+    verdict: Verdict
+    examples: int
+    shrinking: bool
+
+
+@dataclass(frozen=True)
+class FailureFound:
+    """A fingerprint was seen for the first time in this campaign, or a smaller case of it (`shrunk`)."""
+
+    job: Job
+    fingerprint: str
+    failure: Failure
+    case: Case
+    examples: int
+    shrunk: bool = False
+
+
+@dataclass(frozen=True)
+class JobFinished:
+    """A job is over: its budget was spent, it was interrupted, or its kernel could not be loaded (`error`)."""
+
+    job: Job
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class CampaignFinished:
+    """All jobs are over, or the campaign was interrupted."""
+
+    interrupted: bool = False
+
+
+Event = CampaignStarted | JobStarted | CaseFinished | FailureFound | JobFinished | CampaignFinished
+Consumer = Callable[[Event], None]
+
+
+@dataclass
+class Bus:
+    """Hands every event to every consumer, in order."""
+
+    consumers: list[Consumer] = field(default_factory=list)
+
+    def emit(self, event: Event) -> None:
+        """Hand out one event."""
+        for consumer in self.consumers:
+            consumer(event)

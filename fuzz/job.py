@@ -1,0 +1,104 @@
+"""A job: one target on one kernel on one device, the unit that a campaign is made of."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kernelfuzz.fuzz.targets import TARGETS, Target, get_target
+from kernelfuzz.kernels import registry
+from kernelfuzz.kernels.base import KernelName
+from kernelfuzz.kernels.registry import DEVICE_KINDS, IMPLEMENTATIONS, Implementation
+from kernelfuzz.strategies.errors import KernelfuzzError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One target on one kernel on one device."""
+
+    target: Target
+    kernel: KernelName
+    device: torch.device
+    implementation: Implementation
+
+    def __str__(self) -> str:
+        return f"{self.target.name} on {self.kernel} ({self.device})"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A kernel that cannot run here, and why, in one line."""
+
+    target: str
+    kernel: KernelName
+    device: str
+    reason: str
+
+
+def all_kernels() -> list[Job | Skipped]:
+    """Return every target × known kernel × device kind, as a job where it can run here."""
+    found: list[Job | Skipped] = []
+    for implementation in IMPLEMENTATIONS:
+        for kind in DEVICE_KINDS:
+            found.append(_job(implementation, implementation.default_name(), torch.device(kind)))
+    return found
+
+
+def default_jobs(targets: list[str], device: torch.device | None) -> tuple[list[Job], list[Skipped]]:
+    """Return the released kernels of `targets` (all if empty) that can run here, each on its best device, and the
+    rest."""
+    jobs: list[Job] = []
+    skipped: list[Skipped] = []
+    for implementation in IMPLEMENTATIONS:
+        # Examples prove the harness; they are run when they are asked for.
+        if not implementation.releases or implementation.target not in (targets or TARGETS):
+            continue
+        job = _on_best_device(implementation, implementation.default_name(), device)
+        if isinstance(job, Job):
+            jobs.append(job)
+        else:
+            skipped.append(job)
+    return jobs, skipped
+
+
+def named_jobs(targets: list[str], names: list[str], device: torch.device | None) -> list[Job]:
+    """Return a job for each of `targets` (all if empty) and kernel of `names`.
+
+    Raises KernelfuzzError for a kernel that implements none of the targets, or that cannot run here.
+    """
+    jobs = []
+    for text in names:
+        name = KernelName.parse(text)
+        offered = [registry.find(target, name) for target in targets or TARGETS]
+        implementations = [implementation for implementation in offered if implementation is not None]
+        if ":" in text and not targets:
+            raise KernelfuzzError(f"kernel {text!r}: name the target it implements, one of {', '.join(TARGETS)}")
+        if not implementations:
+            known = sorted({i.package for i in IMPLEMENTATIONS if i.target in (targets or TARGETS)})
+            raise KernelfuzzError(
+                f"unknown kernel {text!r}: expected one of {', '.join(known)}, with @VERSION or @PATH"
+            )
+        for implementation in implementations:
+            job = _on_best_device(implementation, name, device)
+            if isinstance(job, Skipped):
+                raise KernelfuzzError(f"{name} cannot run {job.target} on {job.device}: {job.reason}")
+            jobs.append(job)
+    return jobs
+
+
+def _on_best_device(implementation: Implementation, name: KernelName, device: torch.device | None) -> Job | Skipped:
+    """Return a job on `device`, or on the first device kind that can run the kernel; else why the last one cannot."""
+    devices = [torch.device(kind) for kind in DEVICE_KINDS] if device is None else [device]
+    for candidate in devices:
+        job = _job(implementation, name, candidate)
+        if isinstance(job, Job):
+            break
+    return job
+
+
+def _job(implementation: Implementation, name: KernelName, device: torch.device) -> Job | Skipped:
+    if implementation.releases and name.version is None:
+        name = implementation.default_name()
+    reason = implementation.unavailable(name, device)
+    if reason is not None:
+        return Skipped(implementation.target, name, str(device), reason)
+    return Job(get_target(implementation.target), name, device, implementation)

@@ -1,0 +1,46 @@
+"""One saved case, run again."""
+
+import json
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from kernelfuzz.fuzz.console import case_lines, element_lines
+from kernelfuzz.fuzz.executor import Executor
+from kernelfuzz.fuzz.failures import fingerprint
+from kernelfuzz.fuzz.job import default_jobs, named_jobs
+from kernelfuzz.strategies.case import Case
+from kernelfuzz.strategies.errors import KernelfuzzError
+
+
+def replay_case(
+    case: Case, targets: list[str], kernels: list[str], device: torch.device | None, console: Console, as_json: bool
+) -> int:
+    """Run `case` on each of `kernels` (by default the newest releases), print the verdicts, return the exit status.
+
+    Raises KernelfuzzError if `targets` names another target than the case's, or a kernel cannot run it.
+    """
+    if targets not in ([], [case.target]):
+        raise KernelfuzzError(f"the case is for target {case.target}, not {', '.join(targets)}")
+    jobs = named_jobs([case.target], kernels, device) if kernels else default_jobs([case.target], device)[0]
+    if not jobs:
+        raise KernelfuzzError(f"no kernel for {case.target} can run here: see kernelfuzz list")
+    for line in case_lines(case):
+        console.print(line)
+    results = []
+    for job in jobs:
+        with Executor(job) as executor:
+            kernel = executor.loaded()
+            verdict = executor.run(case)
+        outcome = "rejected" if verdict.rejected else "FAILED" if verdict.failures else "passed"
+        console.print(Text(f"{job} [{kernel.version}]: {outcome} {verdict.rejected}".rstrip()))
+        for failure in verdict.failures:
+            console.print(Text(f"  {failure.kind}  {fingerprint(job, failure)}", style="bold red"))
+            console.print(Text(f"  {failure.message}"))
+            for line in element_lines(failure.elements):
+                console.print(line)
+        results.append({"kernel": str(job.kernel), "device": str(job.device), **verdict.to_json()})
+    if as_json:
+        print(json.dumps(results, indent=2))
+    return 1 if any(result["failures"] for result in results) else 0

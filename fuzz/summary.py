@@ -1,0 +1,155 @@
+"""The summary of a campaign: what was run, how far it came, what was found. A consumer of events."""
+
+import platform
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from kernelfuzz.fuzz import events
+from kernelfuzz.fuzz.events import Event, FailureFound
+from kernelfuzz.fuzz.job import Job, Skipped
+
+SCHEMA = 1
+
+
+@dataclass
+class JobSummary:
+    """What one job did.
+
+    - examples: draws that looked for failures; cases: launches, those of the shrinker included; rejected: cases that
+      the kernel does not offer
+    - seconds: wall time since the kernel was loaded; spent: seconds of that by phase of a case
+    - worst_ratio: the worst err/bound of a passing case; worst_ratios: the same by regime
+    """
+
+    job: Job
+    version: str = ""
+    state: str = "waiting"
+    error: str = ""
+    examples: int = 0
+    cases: int = 0
+    rejected: int = 0
+    seconds: float = 0.0
+    worst_ratio: float = 0.0
+    regimes: Counter[str] = field(default_factory=Counter)
+    worst_ratios: dict[str, float] = field(default_factory=dict)
+    spent: Counter[str] = field(default_factory=Counter)
+    failures: dict[str, FailureFound] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry of `results` in summary.json."""
+        return {
+            "target": self.job.target.name,
+            "kernel": self.job.kernel.package,
+            "version": self.version or self.job.kernel.version,
+            "device": str(self.job.device),
+            "error": self.error,
+            "examples": self.examples,
+            "cases": self.cases,
+            "rejected": self.rejected,
+            "seconds": round(self.seconds, 3),
+            "spent": {phase: round(seconds, 3) for phase, seconds in self.spent.items()},
+            "worst_ratio": self.worst_ratio,
+            "worst_ratios": dict(sorted(self.worst_ratios.items())),
+            "regimes": dict(sorted(self.regimes.items())),
+            "failures": list(self.failures),
+        }
+
+
+class Summary:
+    """Adds up the events of a campaign."""
+
+    def __init__(self) -> None:
+        self.jobs: list[JobSummary] = []
+        self.skipped: tuple[Skipped, ...] = ()
+        self.seed = 0
+        self.finished = False
+        self.interrupted = False
+        self._job_started = 0.0
+
+    def __call__(self, event: Event) -> None:
+        """Take one event into account."""
+        match event:
+            case events.CampaignStarted(jobs, skipped, seed):
+                self.jobs = [JobSummary(job) for job in jobs]
+                self.skipped, self.seed = skipped, seed
+            case events.JobStarted(job, version):
+                entry = self.entry(job)
+                entry.version, entry.state = version, "running"
+                self._job_started = time.monotonic()
+            case events.CaseFinished():
+                self._count(event)
+            case events.FailureFound(job, name):
+                entry = self.entry(job)
+                entry.failures[name] = event
+                entry.state = "running" if event.shrunk else "shrinking"
+            case events.JobFinished(job, error):
+                entry = self.entry(job)
+                entry.error, entry.state = error, "error" if error else "done"
+            case events.CampaignFinished(interrupted):
+                self.finished, self.interrupted = True, interrupted
+
+    def entry(self, job: Job) -> JobSummary:
+        """Return the summary of a job."""
+        return next(entry for entry in self.jobs if entry.job is job)
+
+    def _count(self, event: events.CaseFinished) -> None:
+        entry = self.entry(event.job)
+        entry.seconds = time.monotonic() - self._job_started
+        entry.cases += 1
+        entry.examples = event.examples
+        entry.spent.update(event.verdict.seconds)
+        if event.verdict.rejected:
+            entry.rejected += 1
+            return
+        if event.shrinking:
+            return
+        entry.regimes.update(event.regimes)
+        if not event.verdict.failures:
+            entry.worst_ratio = max(entry.worst_ratio, event.verdict.ratio)
+            for regime in event.regimes:
+                entry.worst_ratios[regime] = max(entry.worst_ratios.get(regime, 0.0), event.verdict.ratio)
+
+    @property
+    def failed(self) -> bool:
+        """Whether any job found a failure."""
+        return any(entry.failures for entry in self.jobs)
+
+    @property
+    def broken(self) -> bool:
+        """Whether any job could not do its work."""
+        return any(entry.error for entry in self.jobs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of summary.json."""
+        return {
+            "schema": SCHEMA,
+            "environment": environment(),
+            "seed": self.seed,
+            "interrupted": self.interrupted,
+            "results": [entry.to_json() for entry in self.jobs],
+            "skipped": [
+                {"target": s.target, "kernel": str(s.kernel), "device": s.device, "reason": s.reason}
+                for s in self.skipped
+            ],
+        }
+
+
+def environment() -> dict[str, str]:
+    """Return what a result may depend on: versions, machine, devices."""
+    packages = ("kernelfuzz", "torch", "triton", "numpy", "hypothesis", "pyopencl", "intel-opencl-rt")
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["cuda"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    if torch.xpu.is_available():
+        found["xpu"] = torch.xpu.get_device_name()
+    return found

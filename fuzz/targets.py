@@ -1,0 +1,63 @@
+"""The registry of targets: one entry holds everything about one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+from kernelfuzz.oracles import bgmv as bgmv_oracle
+from kernelfuzz.oracles import fused_moe_lora as fused_moe_lora_oracle
+from kernelfuzz.oracles import lora_shrink_expand as lora_shrink_expand_oracle
+from kernelfuzz.oracles import moe_lora_align as moe_lora_align_oracle
+from kernelfuzz.oracles.expectation import Expectation, OutputSpecs
+from kernelfuzz.strategies import bgmv, fused_moe_lora, lora_shrink_expand, moe_lora_align
+from kernelfuzz.strategies.case import Case
+from kernelfuzz.strategies.errors import KernelfuzzError
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kernel contract: how its cases are drawn, made into tensors and judged.
+
+    The functions take the target's own case and inputs types; the engine only passes them on.
+    """
+
+    name: str
+    case_type: type[Case]
+    cases: Callable[..., st.SearchStrategy[Any]]
+    make_inputs: Callable[..., Any]
+    regimes: Callable[[Any], set[str]]
+    outputs: Callable[[Any], OutputSpecs]
+    expect: Callable[[Any, Any], Expectation]
+
+
+def _target(strategy: Any, oracle: Any) -> Target:
+    return Target(
+        name=strategy.Case.target,
+        case_type=strategy.Case,
+        cases=strategy.cases,
+        make_inputs=strategy.make_inputs,
+        regimes=strategy.regimes,
+        outputs=oracle.outputs,
+        expect=oracle.expect,
+    )
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        _target(fused_moe_lora, fused_moe_lora_oracle),
+        _target(lora_shrink_expand, lora_shrink_expand_oracle),
+        _target(bgmv, bgmv_oracle),
+        _target(moe_lora_align, moe_lora_align_oracle),
+    )
+}
+"""Every target by name."""
+
+
+def get_target(name: str) -> Target:
+    """Return the target of that name. Raises KernelfuzzError naming the ones there are."""
+    if name not in TARGETS:
+        raise KernelfuzzError(f"unknown target {name!r}: expected one of {', '.join(TARGETS)}")
+    return TARGETS[name]

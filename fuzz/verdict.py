@@ -1,0 +1,172 @@
+"""Verdicts: what the engine says of one case, and the comparison of an output with its expectation."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+
+from kernelfuzz.fuzz.buffers import StrayWrite
+from kernelfuzz.oracles.expectation import ExpectedOutput
+
+FailureKind = Literal[
+    "crash",
+    "hang",
+    "out_of_bounds",
+    "raised",
+    "not_raised",
+    "input_mutated",
+    "overwritten",
+    "unwritten",
+    "wrong_value",
+]
+"""How a kernel can fail, the most severe first."""
+
+KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
+SHOWN_ELEMENTS = 6
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One way in which a case failed.
+
+    - output: the output or input concerned, empty where none is
+    - clause: the contract's clause that was broken; for an exception its type and the function that raised it
+    - message: one line for a person
+    - elements: the first few differing elements, each with its index, what was expected and what was there
+    """
+
+    kind: FailureKind
+    output: str
+    clause: str
+    message: str
+    elements: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of one case: passed, rejected by the kernel, or failed.
+
+    - ratio: the worst |actual - value| / bound over the elements with a bound; 0 where there is none
+    - seconds: wall time by phase: inputs, oracle, kernel, check
+    """
+
+    failures: tuple[Failure, ...] = ()
+    ratio: float = 0.0
+    rejected: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the verdict in JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Verdict":
+        """Return the verdict that `to_json` wrote."""
+        failures = tuple(
+            Failure(**{**failure, "elements": tuple(failure["elements"])}) for failure in document["failures"]
+        )
+        return cls(**{**document, "failures": failures})
+
+
+def by_severity(failures: list[Failure]) -> tuple[Failure, ...]:
+    """Return the failures, the most severe kind first."""
+    return tuple(sorted(failures, key=lambda failure: KINDS.index(failure.kind)))
+
+
+def judge_stray_write(write: StrayWrite) -> Failure:
+    """Turn a changed byte where none may change into a failure."""
+    offsets = ", ".join(map(str, write.offsets))
+    where = f"{write.count} element(s) of {write.name} changed, first at element {offsets}"
+    if write.is_input and write.inside:
+        return Failure("input_mutated", write.name, "inputs_are_not_written", f"{where}: it is an input")
+    return Failure("out_of_bounds", write.name, "redzone", f"{where}: outside the tensor")
+
+
+def judge_output(
+    name: str, actual: torch.Tensor, initial: torch.Tensor, expected: ExpectedOutput
+) -> tuple[list[Failure], float]:
+    """Compare an output with its expectation; return its failures, one per clause and kind, and the worst ratio."""
+    must_write, must_keep = expected.mask("write"), expected.mask("keep")
+    same_bits = _same_bits(actual, initial)
+    canonical = actual if expected.groups is None else _in_group_order(actual, expected.groups)
+    values = expected.values if expected.groups is None else _in_group_order(expected.values, expected.groups)
+
+    wrong, ratios = _deviation(canonical, values, expected.bound)
+    wrong &= must_write
+    worst = float(ratios[must_write].max()) if bool(must_write.any()) else 0.0
+    # Inside a group an untouched element would be sorted to another's place, so it is looked for where it stands.
+    untouched = (wrong if expected.groups is None else must_write) & same_bits
+    overwritten = must_keep & ~same_bits
+
+    failures = []
+    for index, clause in enumerate(expected.clauses):
+        here = expected.region == index
+        incorrect = wrong & ~untouched
+        if expected.groups is not None and bool((untouched & here).any()):
+            incorrect = torch.zeros_like(incorrect)
+        for kind, mask in (("overwritten", overwritten), ("unwritten", untouched), ("wrong_value", incorrect)):
+            hit = mask & here
+            if bool(hit.any()):
+                reference = initial if kind == "overwritten" else values
+                shown = actual if kind != "wrong_value" else canonical
+                failures.append(_failure(kind, name, clause.name, hit, shown, reference, ratios))
+    return failures, worst
+
+
+def _failure(
+    kind: Any,
+    name: str,
+    clause: str,
+    hit: torch.Tensor,
+    actual: torch.Tensor,
+    reference: torch.Tensor,
+    ratios: torch.Tensor,
+) -> Failure:
+    indices = hit.nonzero()
+    elements = []
+    for index in indices[:SHOWN_ELEMENTS].tolist():
+        at = tuple(index)
+        element = {"index": index, "expected": _number(reference[at]), "actual": _number(actual[at])}
+        if kind == "wrong_value":
+            element["error_over_bound"] = _number(ratios[at])
+        elements.append(element)
+    what = {"overwritten": "changed but must be kept", "unwritten": "never written", "wrong_value": "wrong"}[kind]
+    message = f"{indices.shape[0]} of {hit.numel()} elements of {name} {what} ({clause})"
+    return Failure(kind, name, clause, message, tuple(elements))
+
+
+def _number(element: torch.Tensor) -> float | int | str:
+    """Return a number for JSON, which has no NaN or infinity: those as text."""
+    value = element.item()
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    return value
+
+
+def _deviation(
+    actual: torch.Tensor, values: torch.Tensor, bound: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which elements are out of their bound, and err/bound (NaN and infinity count as infinitely far)."""
+    if bound is None:
+        wrong = actual.to(values.dtype) != values
+        return wrong, wrong.to(torch.float64)
+    error = (actual.to(torch.float64) - values).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
+    ratios = torch.where(error == 0, 0.0, error / bound)
+    return ratios > 1.0, ratios
+
+
+def _same_bits(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
+    return left.view(integer) == right.view(integer)
+
+
+def _in_group_order(tensor: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Sort the elements that share a group, leaving each group where it stands."""
+    flat, labels = tensor.flatten(), groups.flatten()
+    by_value = torch.argsort(flat, stable=True)
+    order = by_value[torch.argsort(labels[by_value], stable=True)]
+    places = torch.argsort(labels, stable=True)
+    result = torch.empty_like(flat)
+    result[places] = flat[order]
+    return result.view(tensor.shape)

@@ -1,0 +1,25 @@
+"""A user's own kernel, named `module:function`: a callable (inputs, outputs) that writes the outputs in place."""
+
+import importlib
+import sys
+
+import torch
+
+from kernelfuzz.kernels import interpreter
+from kernelfuzz.kernels.base import Kernel
+from kernelfuzz.strategies.errors import KernelfuzzError
+
+
+def load(name: str, device: torch.device) -> Kernel:
+    """Return the function `name`, found on sys.path or in the current folder. Raises KernelfuzzError if it is not
+    there."""
+    module_name, _, function = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    if device.type == "cpu":
+        interpreter.install()
+    try:
+        launch = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise KernelfuzzError(f"kernel {name!r} cannot be imported: {error}") from error
+    return Kernel(launch, "user")

@@ -1,0 +1,95 @@
+"""The oracle of `lora_shrink` and `lora_expand`.
+
+shrink accumulates in float32, scales and stores float32, in any split of K. expand may round its input to the weights'
+dtype, accumulates in float32, rounds the result once to the output's dtype and its sum with the old output once.
+"""
+
+import torch
+
+from kernelfuzz.oracles import rounding
+from kernelfuzz.oracles.expectation import Clause, Expectation, ExpectedOutput, OutputSpec, OutputSpecs
+from kernelfuzz.strategies import contents
+from kernelfuzz.strategies.lora_shrink_expand import Inputs
+
+SHRINK_CLAUSES = (
+    Clause("product", "write"),
+    Clause("base_model_row_is_zero", "write"),
+    Clause("no_lora_in_batch", "free"),
+)
+EXPAND_CLAUSES = (
+    Clause("product", "write"),
+    Clause("base_model_row", "keep"),
+    Clause("columns_outside_slices", "keep"),
+    Clause("overflow", "free"),
+)
+
+
+def outputs(inputs: Inputs) -> OutputSpecs:
+    """Return shrink's float32 [slices, tokens, rank], or expand's [tokens, columns] in the weights' dtype."""
+    case = inputs.case
+    tokens = case.batch.num_tokens
+    if case.op == "shrink":
+        return {"output": OutputSpec((len(case.widths), tokens, case.rank), torch.float32)}
+    shape = (tokens, case.column_offset + sum(case.widths) + case.column_tail)
+    dtype = getattr(torch, case.dtype)
+    initial = None
+    if case.add_inputs:
+        initial = contents.values(shape, dtype, "signed", case.seed, "output", inputs.x.device)
+    return {"output": OutputSpec(shape, dtype, initial=initial)}
+
+
+def expect(inputs: Inputs, initial: dict[str, torch.Tensor]) -> Expectation:
+    """Return what the output must hold; `initial` is its content before the launch."""
+    before = initial["output"]
+    expected = _shrink(inputs, before) if inputs.case.op == "shrink" else _expand(inputs, before)
+    return Expectation({"output": expected})
+
+
+def _weight(inputs: Inputs, s: int, adapters: torch.Tensor) -> rounding.Approximation:
+    """Return the weights of slice `s` for each token, [tokens, rows, columns]."""
+    weight = inputs.weights[s]
+    return rounding.exact((weight.squeeze(1) if weight.ndim == 4 else weight)[adapters])
+
+
+def _shrink(inputs: Inputs, output: torch.Tensor) -> ExpectedOutput:
+    case = inputs.case
+    tokens = (inputs.token_adapters >= 0).nonzero().flatten()
+    values = torch.zeros(output.shape, dtype=torch.float64, device=output.device)
+    bound = torch.zeros_like(values)
+    region = torch.full(output.shape, 2 if case.no_lora else 1, dtype=torch.uint8, device=output.device)
+    scale = rounding.exact(torch.tensor(case.scale, dtype=torch.float32, device=output.device))
+    x = rounding.exact(inputs.x[tokens])
+    for s in range(len(case.widths)):
+        a = _weight(inputs, s, inputs.token_adapters[tokens])
+        product = rounding.dot("mk,mrk->mr", x, a, case.hidden, extra=case.split_k)
+        product = rounding.multiply(product, scale)
+        values[s, tokens] = product.value
+        bound[s, tokens] = product.error
+        region[s, tokens] = 0
+    return ExpectedOutput(SHRINK_CLAUSES, region, values, bound)
+
+
+def _expand(inputs: Inputs, output: torch.Tensor) -> ExpectedOutput:
+    case = inputs.case
+    tokens = (inputs.token_adapters >= 0).nonzero().flatten()
+    values = torch.zeros(output.shape, dtype=torch.float64, device=output.device)
+    bound = torch.zeros_like(values)
+    region = torch.full(output.shape, 2, dtype=torch.uint8, device=output.device)
+    region[inputs.token_adapters < 0] = 1
+    start = case.column_offset
+    for s, width in enumerate(case.widths):
+        columns = slice(start, start + width)
+        start += width
+        y = rounding.exact(inputs.x[s, tokens])
+        if case.float32_input:
+            y = rounding.cast(y, output.dtype)
+        overflow = y.may_overflow(output.dtype).any(1, keepdim=True)
+        b = _weight(inputs, s, inputs.token_adapters[tokens])
+        product = rounding.cast(rounding.dot("mr,mnr->mn", y, b, case.rank), output.dtype)
+        if case.add_inputs:
+            overflow = overflow | product.may_overflow(output.dtype)
+            product = rounding.cast(rounding.add(rounding.exact(output[tokens, columns]), product), output.dtype)
+        values[tokens, columns] = product.value
+        bound[tokens, columns] = product.error
+        region[tokens, columns] = torch.where(overflow | product.may_overflow(output.dtype), 3, 0).to(torch.uint8)
+    return ExpectedOutput(EXPAND_CLAUSES, region, values, bound)

@@ -1,0 +1,92 @@
+"""Seeded tensor contents, the same bit for bit on CPU, CUDA and XPU.
+
+An element is an integer hash of (seed, tensor name, index) turned into a value by integer arithmetic and exact scaling
+by powers of two, so that a case found on one device replays on another.
+"""
+
+import math
+import zlib
+from typing import Literal, get_args
+
+import torch
+from hypothesis import strategies as st
+
+Style = Literal["ones", "small_integers", "signed", "sparse", "wide", "cancelling", "subnormal"]
+"""What values a tensor holds, simplest first:
+
+- ones: every element 1
+- small_integers: -2 to 2, so that small sums are exact
+- signed: uniform in (-1, 1)
+- sparse: as signed, half of them zero
+- wide: signed values over 16 binades, 2^-8 to 2^7
+- cancelling: neighbours of opposite sign and 64 times larger than what remains of their sum
+- subnormal: small multiples of the dtype's smallest subnormal
+"""
+
+STYLES: tuple[Style, ...] = get_args(Style)
+
+_MASK = 0xFFFFFFFF
+
+
+def styles(*only: Style) -> st.SearchStrategy[Style]:
+    """Draw a content style, out of `only` if given; the earliest in `STYLES` is the simplest."""
+    return st.sampled_from(only or STYLES)
+
+
+def seeds() -> st.SearchStrategy[int]:
+    """Draw a content seed, a 32-bit integer; 0 is the simplest."""
+    return st.integers(0, _MASK)
+
+
+def hash_bits(seed: int, name: str, count: int, device: torch.device | str) -> torch.Tensor:
+    """Return `count` hash values in [0, 2^32) as int64, one per index.
+
+    The finaliser of MurmurHash3 over an odd-multiplied index and a key from seed and name. 64-bit products wrap, which
+    leaves their low 32 bits right on every device.
+    """
+    key = zlib.crc32(name.encode(), seed & _MASK)
+    bits = torch.arange(1, count + 1, dtype=torch.int64, device=device).mul_(0x9E3779B1).add_(key).bitwise_and_(_MASK)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = bits.bitwise_xor_(bits >> shift).mul_(factor).bitwise_and_(_MASK)
+    return bits.bitwise_xor_(bits >> 16)
+
+
+def values(
+    shape: tuple[int, ...], dtype: torch.dtype, style: Style, seed: int, name: str, device: torch.device | str
+) -> torch.Tensor:
+    """Return a contiguous tensor of finite values of a floating-point `dtype` in the given style. None is -0.0."""
+    count = math.prod(shape)
+    if style == "ones":
+        return torch.ones(shape, dtype=dtype, device=device)
+    bits = hash_bits(seed, name, count, device)
+    if style == "subnormal":
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        result = ((bits & 15) - 7).to(torch.float64).mul_(smallest)
+    elif style == "small_integers":
+        result = (bits % 5 - 2).to(torch.float64)
+    else:
+        result = _signed(bits, style, count, seed, name, device)
+    return result.to(dtype).view(shape)
+
+
+def _signed(
+    bits: torch.Tensor, style: Style, count: int, seed: int, name: str, device: torch.device | str
+) -> torch.Tensor:
+    # 24 bits: exact in float32, rounded once to the tensor's dtype. Odd, so that the smallest magnitude is not zero.
+    result = ((bits >> 8) - (1 << 23)).mul_(2).add_(1).to(torch.float64).mul_(2.0**-24)
+    if style == "sparse":
+        result = torch.where((bits & 1) == 0, 0.0, result)
+    elif style == "wide":
+        result = torch.ldexp(result, (bits & 15) - 8)
+    elif style == "cancelling":
+        pair = hash_bits(seed, name + "/pair", (count + 1) // 2, device).repeat_interleave(2)[:count]
+        large = ((pair >> 24) - 128).to(torch.float64)
+        sign = 1.0 - 2.0 * (torch.arange(count, device=device) & 1).to(torch.float64)
+        result = result + sign * large * 0.5
+    return result
+
+
+def routing_weights(shape: tuple[int, ...], seed: int, name: str, device: torch.device | str) -> torch.Tensor:
+    """Return float32 router weights in (0, 1], multiples of 2^-8."""
+    bits = hash_bits(seed, name, math.prod(shape), device)
+    return ((bits & 255) + 1).to(torch.float32).mul_(2.0**-8).view(shape)

@@ -1,0 +1,167 @@
+"""Cases for `lora_shrink` and `lora_expand`: a mixed batch through the two halves of a LoRA layer ("punica").
+
+shrink: y[s, m] = scale * A[s][l] x[m];  expand: out[m, slice s] (+)= B[s][l] y[s, m], for adapter l of token m.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from hypothesis import strategies as st
+
+from kernelfuzz.strategies import contents
+from kernelfuzz.strategies.adapters import ranks
+from kernelfuzz.strategies.batches import BASE, BATCH_REGIMES, Batch, batch_regimes, batches
+from kernelfuzz.strategies.case import Case as BaseCase
+from kernelfuzz.strategies.fused_moe_lora import DTYPES, Dtype
+from kernelfuzz.strategies.layouts import CONTIGUOUS, Allocate, Layout, layouts, plain_allocator
+from kernelfuzz.strategies.sizes import sizes
+
+Op = Literal["shrink", "expand"]
+
+
+@dataclass(frozen=True)
+class Case(BaseCase):
+    """One launch of `lora_shrink` or `lora_expand`."""
+
+    target: ClassVar[str] = "lora_shrink_expand"
+
+    op: Op
+    batch: Batch
+    num_adapters: int
+    hidden: int  # shrink only: columns of x
+    rank: int
+    widths: tuple[int, ...]  # a slice each; expand only: its columns
+    dtype: Dtype
+    float32_input: bool  # expand only: y in float32, as shrink writes it, or in the weights' dtype
+    contents: contents.Style
+    scale: float  # shrink only
+    add_inputs: bool  # expand only
+    column_offset: int  # expand only: columns before the first slice
+    column_tail: int  # expand only: columns after the last
+    weights_4d: bool  # [L, 1, ...] as layers store them, or [L, ...]
+    visit_all: bool  # the grid covers every adapter slot, or the active ones only
+    block_k: int
+    split_k: int
+    input_layout: Layout
+
+    @property
+    def no_lora(self) -> bool:
+        """Whether no token has an adapter, so that the call returns at once."""
+        return set(self.batch.active()) <= {BASE}
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    *,
+    op: tuple[Op, ...] = ("shrink", "expand"),
+    dtype: tuple[Dtype, ...] = DTYPES,
+    max_rank: int = 144,
+    max_hidden: int = 600,
+    max_columns: int = 272,
+    max_segments: int = 6,
+    max_length: int = 20,
+) -> Case:
+    """Draw a case. The simplest has one token; every argument narrows a dimension."""
+    num_adapters = draw(st.integers(1, 4))
+    chosen = draw(st.sampled_from(op))
+    expand = chosen == "expand"
+    width = sizes(1, max_columns, around=(64, 128, 256))
+    equal_widths = draw(st.booleans())
+    slices = draw(st.integers(1, 3))
+    first = draw(width) if expand else 1
+    widths = tuple(first if equal_widths or not expand else draw(width) for _ in range(slices))
+    return Case(
+        seed=draw(contents.seeds()),
+        op=chosen,
+        batch=draw(batches(num_adapters, max_segments=max_segments, max_length=max_length)),
+        num_adapters=num_adapters,
+        hidden=1 if expand else draw(sizes(1, max_hidden, around=(64, 128, 256, 512))),
+        rank=draw(ranks(maximum=max_rank)),
+        widths=widths,
+        dtype=draw(st.sampled_from(dtype)),
+        float32_input=expand and draw(st.booleans()),
+        contents=draw(contents.styles()),
+        scale=1.0 if expand else draw(st.sampled_from((1.0, 0.5, -1.75, 0.0))),
+        add_inputs=expand and draw(st.booleans()),
+        column_offset=draw(st.integers(0, 9)) if expand else 0,
+        column_tail=draw(st.integers(0, 9)) if expand else 0,
+        weights_4d=draw(st.booleans()),
+        visit_all=draw(st.booleans()),
+        block_k=draw(st.sampled_from((32, 64, 256))),
+        split_k=1 if expand else draw(st.sampled_from((1, 2, 8))),
+        input_layout=draw(layouts()),
+    )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a case. M tokens, K hidden, R rank, N_s columns, L adapters.
+
+    - x: shrink [M, K] in the weights' dtype; expand [S, M, R], float32 or the weights' dtype; NaN in rows without
+      adapter
+    - weights: shrink S tensors [L, (1,) R, K], expand S tensors [L, (1,) N_s, R]; NaN for adapters not in the batch
+    - token_adapters: int64 [M]
+    """
+
+    case: Case
+    x: torch.Tensor
+    weights: list[torch.Tensor]
+    token_adapters: torch.Tensor
+
+
+def make_inputs(case: Case, device: torch.device | str, allocate: Allocate | None = None) -> Inputs:
+    """Make the tensors of a case on `device`, with `allocate` or in plain memory."""
+    allocate = allocate or plain_allocator(device)
+    dtype = getattr(torch, case.dtype)
+    adapters = case.batch.token_adapters(device)
+    active = [adapter for adapter in case.batch.active() if adapter != BASE]
+
+    tokens, slices = case.batch.num_tokens, len(case.widths)
+    shape: tuple[int, ...] = (tokens, case.hidden) if case.op == "shrink" else (slices, tokens, case.rank)
+    x = allocate("inputs", shape, torch.float32 if case.float32_input else dtype, case.input_layout)
+    x[..., adapters >= 0, :] = contents.values(shape, x.dtype, case.contents, case.seed, "x", device)[
+        ..., adapters >= 0, :
+    ]
+
+    weights = []
+    for s, width in enumerate(case.widths):
+        rows, columns = (case.rank, case.hidden) if case.op == "shrink" else (width, case.rank)
+        shape = (case.num_adapters, 1, rows, columns) if case.weights_4d else (case.num_adapters, rows, columns)
+        weight = allocate(f"weights[{s}]", shape, dtype)
+        used = (len(active), *shape[1:])
+        weight[active] = contents.values(used, dtype, case.contents, case.seed, f"w/{s}", device)
+        weights.append(weight)
+    return Inputs(case, x, weights, allocate("token_lora_mapping", (tokens,), torch.int64).copy_(adapters))
+
+
+REGIMES = (
+    *BATCH_REGIMES,
+    "shrink",
+    "expand",
+    "split_k",
+    "unequal_slices",
+    "several_slices",
+    "hidden_tail",
+    "columns_tail",
+    "rank_not_power_of_two",
+    "strided_input",
+)
+"""Every regime that `regimes` names."""
+
+
+def regimes(case: Case) -> set[str]:
+    """Return the names of the regimes that a case is in."""
+    expand = case.op == "expand"
+    found = {
+        case.op: True,
+        "split_k": case.split_k > 1,
+        "unequal_slices": len(set(case.widths)) > 1,
+        "several_slices": len(case.widths) > 1,
+        "hidden_tail": not expand and case.hidden % case.block_k != 0,
+        "columns_tail": expand and any(width % 64 for width in case.widths),
+        "rank_not_power_of_two": case.rank & (case.rank - 1) != 0,
+        "strided_input": case.input_layout != CONTIGUOUS,
+    }
+    return batch_regimes(case.batch, case.num_adapters) | {name for name, holds in found.items() if holds}

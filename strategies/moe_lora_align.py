@@ -1,0 +1,170 @@
+"""Cases for `moe_lora_align`: `moe_lora_align_block_size`, which sorts routed tokens by adapter and expert into padded
+blocks."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from hypothesis import strategies as st
+
+from kernelfuzz.strategies import contents
+from kernelfuzz.strategies.adapters import disabled_adapters, enabled_mask, lora_ids
+from kernelfuzz.strategies.alignment import padded_capacity
+from kernelfuzz.strategies.batches import BATCH_REGIMES, Batch, batch_regimes, batches
+from kernelfuzz.strategies.case import Case as BaseCase
+from kernelfuzz.strategies.layouts import Allocate, plain_allocator
+from kernelfuzz.strategies.routing import ExpertMapStyle, Routing, expert_map, routings
+from kernelfuzz.strategies.sizes import sizes
+
+IdsDtype = Literal["int32", "int64"]
+
+SMALL_BATCH_PAIRS = 1024
+SMALL_BATCH_EXPERTS = 64
+MAX_EXPERTS = 992
+TOO_MANY_EXPERTS = 1025
+
+
+@dataclass(frozen=True)
+class Case(BaseCase):
+    """One call of `moe_lora_align_block_size`."""
+
+    target: ClassVar[str] = "moe_lora_align"
+
+    batch: Batch
+    num_adapters: int
+    disabled: tuple[int, ...]
+    descending_ids: bool
+    num_experts: int
+    top_k: int
+    routing: Routing
+    expert_map: ExpertMapStyle
+    block_size: int
+    rounded_capacity: bool
+    ids_dtype: IdsDtype
+
+    @property
+    def pairs(self) -> int:
+        """Number of (token, choice) pairs."""
+        return self.batch.num_tokens * self.top_k
+
+    @property
+    def capacity(self) -> int:
+        """Entries of a row of sorted token ids."""
+        return padded_capacity(self.pairs, self.num_experts, max(self.block_size, 1), rounded=self.rounded_capacity)
+
+    @property
+    def max_blocks(self) -> int:
+        """Entries of a row of expert ids."""
+        return -(-self.capacity // max(self.block_size, 1))
+
+    @property
+    def small_batch(self) -> bool:
+        """Whether one kernel does it all, or two share the work."""
+        return self.pairs < SMALL_BATCH_PAIRS and self.num_experts <= SMALL_BATCH_EXPERTS
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    *,
+    max_experts: int = 160,
+    max_segments: int = 6,
+    max_length: int = 200,
+    block_sizes: tuple[int, ...] = (16, 1, 4, 32, 64, 7),
+    expert_maps: tuple[ExpertMapStyle, ...] = ("none", "identity", "holes", "reversed_holes"),
+    refusals: bool = True,
+) -> Case:
+    """Draw a case. The simplest has one token; arguments narrow dimensions, `refusals` allows calls that must be
+    refused."""
+    num_adapters = draw(st.integers(1, 4))
+    refused = draw(st.sampled_from((None,) * 20 + ("block_size", "num_experts"))) if refusals else None
+    num_experts = draw(sizes(1, max_experts, around=(SMALL_BATCH_EXPERTS,)))
+    block_size = draw(st.sampled_from(block_sizes))
+    return Case(
+        seed=draw(contents.seeds()),
+        batch=draw(batches(num_adapters, max_segments=max_segments, max_length=max_length, beyond=1)),
+        num_adapters=num_adapters,
+        disabled=draw(disabled_adapters(num_adapters)),
+        descending_ids=draw(st.booleans()),
+        num_experts=TOO_MANY_EXPERTS if refused == "num_experts" else num_experts,
+        top_k=draw(st.integers(1, 8)),
+        routing=draw(routings()),
+        expert_map=draw(st.sampled_from(expert_maps)),
+        block_size=draw(st.sampled_from((0, -1))) if refused == "block_size" else block_size,
+        rounded_capacity=draw(st.booleans()),
+        ids_dtype=draw(st.sampled_from(("int32", "int64"))),
+    )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a case.
+
+    - topk_ids: int32 or int64 [tokens, top_k]; token_adapters: int32 [tokens]
+    - lora_ids: int32, at least num_adapters + 1; adapter_enabled: int32, likewise
+    - expert_map: int32 [num_experts] or None
+    """
+
+    case: Case
+    topk_ids: torch.Tensor
+    token_adapters: torch.Tensor
+    lora_ids: torch.Tensor
+    adapter_enabled: torch.Tensor
+    expert_map: torch.Tensor | None
+
+
+def make_inputs(case: Case, device: torch.device | str, allocate: Allocate | None = None) -> Inputs:
+    """Make the tensors of a case on `device`, with `allocate` or in plain memory."""
+    allocate = allocate or plain_allocator(device)
+
+    def place(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return allocate(name, tuple(tensor.shape), dtype).copy_(tensor)
+
+    ids = case.routing.expert_ids(case.batch.num_tokens, case.top_k, case.num_experts, case.seed, device)
+    mapping, _ = expert_map(case.expert_map, case.num_experts, case.seed)
+    enabled = enabled_mask(case.num_adapters, case.batch, case.disabled)
+    return Inputs(
+        case=case,
+        topk_ids=place("topk_ids", ids, getattr(torch, case.ids_dtype)),
+        token_adapters=place("token_lora_mapping", case.batch.token_adapters(device), torch.int32),
+        lora_ids=place("lora_ids", lora_ids(case.num_adapters, case.batch, case.descending_ids), torch.int32),
+        adapter_enabled=place("adapter_enabled", enabled, torch.int32),
+        expert_map=None if mapping is None else place("expert_map", mapping, torch.int32),
+    )
+
+
+REGIMES = (
+    *BATCH_REGIMES,
+    "few_pairs_few_experts",
+    "few_pairs_many_experts",
+    "many_pairs_few_experts",
+    "many_pairs_many_experts",
+    "disabled_adapter_in_batch",
+    "adapter_out_of_range",
+    "invalid_expert_id",
+    "expert_map",
+    "int64_ids",
+    "fewer_pairs_than_experts",
+    "unrounded_capacity",
+    "refused",
+)
+"""Every regime that `regimes` names."""
+
+
+def regimes(case: Case) -> set[str]:
+    """Return the names of the regimes that a case is in."""
+    active = set(case.batch.active())
+    pairs = "few_pairs" if case.pairs < SMALL_BATCH_PAIRS else "many_pairs"
+    experts = "few_experts" if case.num_experts <= SMALL_BATCH_EXPERTS else "many_experts"
+    found = {
+        f"{pairs}_{experts}": True,
+        "disabled_adapter_in_batch": bool(active & set(case.disabled)),
+        "adapter_out_of_range": any(adapter >= case.num_adapters for adapter in active),
+        "invalid_expert_id": case.routing.invalid != "none",
+        "expert_map": case.expert_map != "none",
+        "int64_ids": case.ids_dtype == "int64",
+        "fewer_pairs_than_experts": case.pairs < case.num_experts,
+        "unrounded_capacity": not case.rounded_capacity,
+        "refused": case.block_size <= 0 or case.num_experts > MAX_EXPERTS,
+    }
+    return batch_regimes(case.batch, case.num_adapters) | {name for name, holds in found.items() if holds}

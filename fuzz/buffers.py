@@ -9,7 +9,7 @@ from kernelfuzz.oracles.expectation import OutputSpec
 from kernelfuzz.strategies.contents import hash_bits
 from kernelfuzz.strategies.layouts import CONTIGUOUS, Layout, poison
 
-REDZONE = 64
+REDZONE = 128
 """Elements before and after each tensor: what a block's worth of stray writes next to it would hit."""
 
 _SENTINEL_BYTES = (0xA5, 0x7B)
@@ -120,8 +120,8 @@ class Buffers:
     def stray_writes(self) -> list[StrayWrite]:
         """Return what changed since `freeze` that no kernel may change: inputs, redzones, and gaps inside outputs."""
         found = []
-        for guarded in (*self._inputs, *self._outputs):
-            is_input = any(guarded is other for other in self._inputs)
+        watched = [(guarded, False) for guarded in self._outputs] + [(guarded, True) for guarded in self._inputs]
+        for guarded, is_input in watched:
             changed = guarded.changed()
             if changed.numel() == 0:
                 continue

@@ -14,6 +14,9 @@ from kernelfuzz.fuzz.search import Search
 from kernelfuzz.strategies.case import derive_seed
 from kernelfuzz.strategies.errors import KernelfuzzError
 
+SMALL = {"max_segments": 2, "max_length": 2}
+"""Arguments with which a target's `cases` draws small cases."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -32,18 +35,15 @@ def run_campaign(
     """
     bus.emit(events.CampaignStarted(tuple(jobs), tuple(skipped), seed))
     executors: list[Executor] = []
-    started = time.monotonic()
+    end = None if budget.seconds is None else time.monotonic() + budget.seconds
     interrupted = False
     try:
         for index, job in enumerate(jobs):
             # The next worker loads its kernel on the other core while this job runs.
             executors += [Executor(later) for later in jobs[len(executors) : index + 2]]
-            left = None
-            if budget.seconds is not None:
-                left = max(0.0, started + budget.seconds - time.monotonic()) / (len(jobs) - index)
+            share = None if end is None else _Share(end, len(jobs) - index)
             with executors[index] as executor:
-                share = Budget(budget.examples, left)
-                _run_job(job, executor, share, derive_seed(seed, index), database, bus)
+                _run_job(job, executor, budget.examples, share, derive_seed(seed, index), database, bus)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -52,19 +52,41 @@ def run_campaign(
     bus.emit(events.CampaignFinished(interrupted))
 
 
-def _run_job(job: Job, executor: Executor, budget: Budget, seed: int, database: Path, bus: events.Bus) -> None:
-    deadline = None if budget.seconds is None else time.monotonic() + budget.seconds
+@dataclass(frozen=True)
+class _Share:
+    """An equal part, for each of `jobs` jobs, of the time that is left until the monotonic clock shows `end`."""
+
+    end: float
+    jobs: int
+
+    def deadline(self) -> float:
+        """Return when the first of the jobs must be over if it starts now."""
+        now = time.monotonic()
+        return now + max(0.0, self.end - now) / self.jobs
+
+
+def _run_job(
+    job: Job,
+    executor: Executor,
+    examples: int | None,
+    share: _Share | None,
+    seed: int,
+    database: Path,
+    bus: events.Bus,
+) -> None:
     error = ""
+    search = None
     try:
         kernel = executor.loaded()
         bus.emit(events.JobStarted(job, kernel.version))
-        strategy = job.target.cases(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in kernel.dimensions.items()}
-        )
+        dimensions = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in kernel.dimensions.items()
+        }
+        strategy, small = job.target.cases(**dimensions), job.target.cases(**{**dimensions, **SMALL})
+        search = Search(job, executor.run, bus, examples, None if share is None else share.deadline())
         folder = database / job.target.name / file_name(str(job.kernel))
-        search = Search(job, executor.run, bus, budget.examples, deadline)
-        search.run(strategy, seed, DirectoryBasedExampleDatabase(folder))
+        search.run(strategy, seed, DirectoryBasedExampleDatabase(folder), small)
     except KernelfuzzError as problem:
         error = str(problem)
     finally:
-        bus.emit(events.JobFinished(job, error))
+        bus.emit(events.JobFinished(job, 0 if search is None else search.examples, error))

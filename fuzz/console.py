@@ -37,23 +37,19 @@ class Display:
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column("target", no_wrap=True)
-        table.add_column("kernel", overflow="fold")
-        table.add_column("device", no_wrap=True)
-        for name in ("examples", "per second", "err/bound", "failures"):
-            table.add_column(name, justify="right")
+        table.add_column("target and kernel", overflow="fold")
+        for name in ("examples", "per s", "err/bound", "failures"):
+            table.add_column(name, justify="right", no_wrap=True)
         table.add_column("state", no_wrap=True)
         for entry in self._summary.jobs:
-            rate = f"{entry.cases / entry.seconds:,.0f}" if entry.seconds else ""
-            failures = Text(str(len(entry.failures)), style="bold red" if entry.failures else "")
+            what = Text(entry.job.target.name)
+            what.append(f"\n  {entry.job.kernel} on {entry.job.device}", style="dim")
             table.add_row(
-                entry.job.target.name,
-                str(entry.job.kernel),
-                str(entry.job.device),
+                what,
                 f"{entry.examples:,}",
-                rate,
+                f"{entry.cases / entry.seconds:,.0f}" if entry.seconds else "",
                 f"{entry.worst_ratio:.3f}" if entry.worst_ratio else "",
-                failures,
+                Text(str(len(entry.failures)), style="bold red" if entry.failures else ""),
                 Text(entry.state, style=_STATE_STYLES.get(entry.state, "dim")),
             )
         return table

@@ -50,9 +50,11 @@ class FailureFound:
 
 @dataclass(frozen=True)
 class JobFinished:
-    """A job is over: its budget was spent, it was interrupted, or its kernel could not be loaded (`error`)."""
+    """A job is over after `examples`: its budget was spent, it was interrupted, or its kernel could not be loaded
+    (`error`)."""
 
     job: Job
+    examples: int = 0
     error: str = ""
 
 

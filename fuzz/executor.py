@@ -77,8 +77,10 @@ class Executor:
         """Wait until the kernel is loaded. Raises KernelfuzzError if it cannot be, with the worker's reason."""
         try:
             answer = self._receive()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise KernelfuzzError(f"{self._job}: the worker died while it loaded the kernel: {self._death()}") from None
+        except TimeoutError:
+            raise KernelfuzzError(f"{self._job}: the kernel was not loaded within {CASE_SECONDS:g} s") from None
         if "error" in answer:
             raise KernelfuzzError(f"{self._job}: {answer['error']}")
         self._is_loaded = True
@@ -91,7 +93,10 @@ class Executor:
             self.loaded()
         try:
             self._connection.send_bytes(json.dumps(to_json(case)).encode())
-            return Verdict.from_json(self._receive())
+            answer = self._receive()
+            if not answer["usable"]:
+                self._stop()
+            return Verdict.from_json(answer["verdict"])
         except (EOFError, ConnectionError):
             failure = Failure("crash", "", self._cause(), f"the worker died: {self._death()}")
         except TimeoutError:

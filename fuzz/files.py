@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,17 @@ FAILURE_SCHEMA = 1
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            json.dump(document, file, indent=2)
+    new = path.with_name(f".{path.name}.{os.getpid()}")  # not a tempfile: those only their owner may read
+    try:
+        with new.open("w", encoding="utf-8") as file:
+            json.dump(document, file, indent=2, allow_nan=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def read_case(path: Path) -> Case:

@@ -17,7 +17,6 @@ from kernelfuzz.kernels.interpreter import OutOfBoundsError
 from kernelfuzz.oracles.expectation import Expectation
 from kernelfuzz.strategies.case import Case
 
-
 _NOT_UNDER_TEST = ("torch", "triton", "kernelfuzz")
 
 
@@ -50,7 +49,14 @@ def judge(target: Target, kernel: Kernel, case: Case, device: torch.device) -> V
     except UnsupportedCaseError as error:
         return Verdict(rejected=str(error), seconds=watch.seconds)
     watch.lap("kernel")
-    failures += [judge_stray_write(write) for write in buffers.stray_writes()]
+    if device.type != "cpu" and any(failure.kind == "raised" for failure in failures):
+        # After a device error the memory cannot be read any more.
+        return Verdict(tuple(failures), seconds=watch.seconds)
+    stray = [judge_stray_write(write) for write in buffers.stray_writes()]
+    if any(failure.kind == "out_of_bounds" for failure in stray):
+        # A write that ran out of an output may have reached an input behind it; that is the same mistake.
+        stray = [failure for failure in stray if failure.kind == "out_of_bounds"]
+    failures += stray
     worst = 0.0
     if not any(failure.kind in ("raised", "not_raised", "out_of_bounds") for failure in failures):
         for name, expected in expectation.outputs.items():
@@ -67,7 +73,7 @@ def _launch(
     """Launch and synchronise; return a failure if it raised, or did not where it must."""
     wanted = expectation.error
     try:
-        with _filled_scratch():
+        with filled_scratch():
             kernel.launch(inputs, outputs)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
@@ -86,7 +92,7 @@ def _launch(
 
 
 @contextmanager
-def _filled_scratch() -> Iterator[None]:
+def filled_scratch() -> Iterator[None]:
     """Have torch fill the memory that the kernel's host code allocates with NaN or the largest integer.
 
     That is what `torch.empty` does under deterministic algorithms, see torch.utils.deterministic.

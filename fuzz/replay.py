@@ -1,6 +1,7 @@
 """One saved case, run again."""
 
 import json
+import math
 
 import torch
 from rich.console import Console
@@ -21,7 +22,7 @@ def replay_case(
 
     Raises KernelfuzzError if `targets` names another target than the case's, or a kernel cannot run it.
     """
-    if targets not in ([], [case.target]):
+    if set(targets) - {case.target}:
         raise KernelfuzzError(f"the case is for target {case.target}, not {', '.join(targets)}")
     jobs = named_jobs([case.target], kernels, device) if kernels else default_jobs([case.target], device)[0]
     if not jobs:
@@ -40,7 +41,10 @@ def replay_case(
             console.print(Text(f"  {failure.message}"))
             for line in element_lines(failure.elements):
                 console.print(line)
-        results.append({"kernel": str(job.kernel), "device": str(job.device), **verdict.to_json()})
+        document = verdict.to_json()
+        if not math.isfinite(verdict.ratio):
+            document["ratio"] = str(verdict.ratio)  # JSON has no infinity
+        results.append({"kernel": str(job.kernel), "device": str(job.device), **document})
     if as_json:
-        print(json.dumps(results, indent=2))
+        print(json.dumps(results, indent=2, allow_nan=False))
     return 1 if any(result["failures"] for result in results) else 0

@@ -17,6 +17,7 @@ from kernelfuzz.fuzz.failures import CaseFailedError, exception_class, fingerpri
 from kernelfuzz.fuzz.job import Job
 from kernelfuzz.fuzz.verdict import Failure, Verdict
 from kernelfuzz.strategies.case import Case, derive_seed
+from kernelfuzz.strategies.errors import KernelfuzzError
 
 ROUND_EXAMPLES = 10_000
 """Examples of a round at most. Hypothesis remembers each of them, some 1.7 KB."""
@@ -24,6 +25,12 @@ ROUND_EXAMPLES = 10_000
 SHRINK_SECONDS = 60.0
 """How long one failure may be shrunk where the budget is time. Where it is examples, Hypothesis's own limit of 300 s
 holds."""
+
+SMALL_SIZE = 4
+"""Tokens of a shrunk case that a person takes in at once."""
+
+SMALL_EXAMPLES = 300
+"""Small cases that are tried for a failure whose shrunk case has more tokens."""
 
 
 class Search:
@@ -48,22 +55,63 @@ class Search:
         self.examples = 0
         self.reported: set[str] = set()
 
-    def run(self, strategy: st.SearchStrategy[Case], seed: int, database: ExampleDatabase) -> None:
-        """Run rounds until the budget is spent or a round has nothing new to try."""
+    def run(
+        self,
+        strategy: st.SearchStrategy[Case],
+        seed: int,
+        database: ExampleDatabase,
+        small: st.SearchStrategy[Case] | None = None,
+    ) -> None:
+        """Run rounds until the budget is spent or a round has nothing new to try. Raises what `run_case` raises.
+
+        Failures that an earlier search saved in `database` are tried first.
+
+        The shrinker walks downhill only: where a bug needs either many tokens or a large rank, it stays with what it
+        came from. So a failure that is left with many tokens is looked for once more among the cases of `small`.
+        """
         finished: set[str] = set()
+        saved = _SavedExamples(database)
         number = 0
-        while not self.out_of_time() and (self.limit is None or self.examples < self.limit):
+        while not self.budget_spent():
             before = self.examples
-            round_ = _Round(self, frozenset(finished))
-            round_.run(strategy, derive_seed(seed, number), database if number == 0 else _SaveOnlyDatabase(database))
-            if round_.focus is not None:
-                finished.add(round_.focus)
+            found = self._find(strategy, derive_seed(seed, number), saved, small, frozenset(finished))
+            if found is not None:
+                saved.keep = True
+                finished.add(found)
             elif self.examples == before:
                 break
             number += 1
 
-    def out_of_time(self) -> bool:
-        """Whether the deadline has passed."""
+    def _find(
+        self,
+        strategy: st.SearchStrategy[Case],
+        seed: int,
+        database: ExampleDatabase,
+        small: st.SearchStrategy[Case] | None,
+        finished: frozenset[str],
+    ) -> str | None:
+        """Run a round, look among small cases too, emit the smallest failing case and return its fingerprint."""
+        first = _Round(self, finished)
+        rounds = [first]
+        try:
+            first.run(strategy, seed, self._round_size(), database)
+            if small is not None and first.smallest is not None and first.smallest[1].size > SMALL_SIZE:
+                rounds.append(_Round(self, finished, first.focus))
+                rounds[1].run(small, seed, SMALL_EXAMPLES, None)
+        finally:
+            found = [round_.smallest for round_ in rounds if round_.smallest is not None]
+            if first.focus is not None and found:
+                failure, case = found[-1]
+                self.bus.emit(events.FailureFound(self.job, first.focus, failure, case, self.examples, shrunk=True))
+        return first.focus
+
+    def _round_size(self) -> int:
+        return ROUND_EXAMPLES if self.limit is None else min(ROUND_EXAMPLES, self.limit - self.examples)
+
+    def budget_spent(self) -> bool:
+        """Whether the limit is reached or the deadline has passed."""
+        if self.limit is not None and self.examples >= self.limit:
+            return True
         return self.deadline is not None and time.monotonic() >= self.deadline
 
 
@@ -74,45 +122,44 @@ class _Round:
     from one bug to another. A verdict is remembered by case, so that a kernel that fails now and then still shrinks.
     """
 
-    def __init__(self, search: Search, finished: frozenset[str]) -> None:
-        self.focus: str | None = None
+    def __init__(self, search: Search, finished: frozenset[str], focus: str | None = None) -> None:
+        self.focus = focus
         self._search = search
         self._finished = finished
         self._verdicts: dict[Case, Verdict] = {}
-        self._last: tuple[Failure, Case] | None = None
+        # What failed last with the focus: Hypothesis ends a round by running the smallest case once more.
+        self.smallest: tuple[Failure, Case] | None = None
         self._shrink_until: float | None = None
+        if focus is not None:
+            self._start_shrinking()
 
-    def run(self, strategy: st.SearchStrategy[Case], seed: int, database: ExampleDatabase) -> None:
-        """Draw, run, and shrink what fails first."""
-        search = self._search
-        size = ROUND_EXAMPLES if search.limit is None else min(ROUND_EXAMPLES, search.limit - search.examples)
+    def run(self, strategy: st.SearchStrategy[Case], seed: int, size: int, database: ExampleDatabase | None) -> None:
+        """Draw up to `size` examples, run them, and shrink what fails first."""
 
-        @hypothesis.seed(seed)
+        # `settings` stands above `seed` because `seed` takes the database away.
         @hypothesis.settings(
             max_examples=size,
             deadline=None,
             database=database,
-            phases=(Phase.reuse, Phase.generate, Phase.target, Phase.shrink),
+            # Not Phase.target: climbing towards a worse err/bound takes Hypothesis 10 times as long as it saves.
+            phases=(Phase.reuse, Phase.generate, Phase.shrink),
             report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
             verbosity=Verbosity.quiet,
             print_blob=False,
         )
+        @hypothesis.seed(seed)
         @hypothesis.given(strategy)
         def test(case: Case) -> None:
             self._check(case)
 
         try:
             test()
-        except (CaseFailedError, _BudgetSpentError, hypothesis.errors.Flaky):
-            pass
-        finally:
-            if self.focus is not None and self._last is not None:
-                # Hypothesis runs the smallest case last; after an interruption it is the last one that failed.
-                failure, case = self._last
-                search.bus.emit(
-                    events.FailureFound(search.job, self.focus, failure, case, search.examples, shrunk=True)
-                )
+        except _RoundEndedError as end:
+            if end.error is not None:
+                raise end.error from None
+        except (CaseFailedError, hypothesis.errors.Flaky, hypothesis.errors.Unsatisfiable):
+            pass  # Unsatisfiable: the kernel rejected every case
 
     def _check(self, case: Case) -> None:
         """Judge one case and raise the focus's exception if it fails with it."""
@@ -128,53 +175,70 @@ class _Round:
                 self._search.bus.emit(events.FailureFound(self._search.job, name, failure, case, self._search.examples))
             if self.focus is None:
                 self.focus = name
-                if self._search.deadline is not None:
-                    self._shrink_until = time.monotonic() + SHRINK_SECONDS
+                self._start_shrinking()
             if name == self.focus:
-                self._last = failure, case
+                self.smallest = failure, case
                 raise exception_class(name)(failure.message)
-        if verdict.ratio > 0.0 and self.focus is None:
-            hypothesis.target(min(verdict.ratio, 1e6), label="error over bound")
+
+    def _start_shrinking(self) -> None:
+        if self._search.deadline is not None:
+            self._shrink_until = time.monotonic() + SHRINK_SECONDS
 
     def _verdict(self, case: Case) -> Verdict:
         shrinking = self.focus is not None
-        if not shrinking and self._search.out_of_time():
-            raise _BudgetSpentError
         if not shrinking:
+            if self._search.budget_spent():
+                raise _RoundEndedError
             self._search.examples += 1
         if case in self._verdicts:
             return self._verdicts[case]
         if self._shrink_until is not None and time.monotonic() >= self._shrink_until:
             return Verdict()
-        verdict = self._search.run_case(case)
+        try:
+            verdict = self._search.run_case(case)
+        except KernelfuzzError as error:
+            raise _RoundEndedError(error) from None
         self._verdicts[case] = verdict
         regimes = frozenset(self._search.job.target.regimes(case))
         self._search.bus.emit(events.CaseFinished(self._search.job, regimes, verdict, self._search.examples, shrinking))
         return verdict
 
 
-class _BudgetSpentError(BaseException):
-    """Ends a round from inside a Hypothesis test. Not an Exception: that would count as a failure of the test."""
+class _RoundEndedError(KeyboardInterrupt):
+    """Ends a round from inside a Hypothesis test: the budget is spent, or `error` leaves no way to go on.
+
+    Like Ctrl-C, because Hypothesis would shrink a case that raises an Exception, and save one that raises anything
+    else.
+    """
+
+    def __init__(self, error: KernelfuzzError | None = None) -> None:
+        self.error = error
 
 
-class _SaveOnlyDatabase(ExampleDatabase):
-    """Saves examples but replays none.
+class _SavedExamples(ExampleDatabase):
+    """An example database for the rounds of one search: each of them replays what earlier searches saved.
 
-    For the rounds after the first: what was saved then counts as passed now, and Hypothesis would delete it.
+    Once `keep` is set, that is not deleted any more: what a round found passes in the rounds after it, and Hypothesis
+    deletes what passes.
     """
 
     def __init__(self, database: ExampleDatabase) -> None:
         super().__init__()
+        self.keep = False
         self._database = database
+        self._own: set[tuple[bytes, bytes]] = set()
 
     def fetch(self, key: bytes) -> Iterable[bytes]:
-        """Replay nothing."""
-        del key
-        return ()
+        """Return what earlier searches saved, in an order that does not depend on the file system."""
+        return sorted(value for value in self._database.fetch(key) if (key, value) not in self._own)
 
     def save(self, key: bytes, value: bytes) -> None:
         """Save an example."""
-        self._database.save(key, value)
+        if value not in self._database.fetch(key):
+            self._own.add((key, value))
+            self._database.save(key, value)
 
     def delete(self, key: bytes, value: bytes) -> None:
-        """Keep what was saved."""
+        """Delete an example that this search saved, or any while nothing was found."""
+        if not self.keep or (key, value) in self._own:
+            self._database.delete(key, value)

@@ -87,8 +87,9 @@ class Summary:
                 entry = self.entry(job)
                 entry.failures[name] = event
                 entry.state = "running" if event.shrunk else "shrinking"
-            case events.JobFinished(job, error):
+            case events.JobFinished(job, examples, error):
                 entry = self.entry(job)
+                entry.examples = examples
                 entry.error, entry.state = error, "error" if error else "done"
             case events.CampaignFinished(interrupted):
                 self.finished, self.interrupted = True, interrupted

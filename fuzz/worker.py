@@ -5,14 +5,17 @@ or why not. stdout and stderr belong to the code under test.
 """
 
 import json
+import os
+import select
 import signal
 import sys
+import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from kernelfuzz.fuzz.launch import judge
+from kernelfuzz.fuzz.launch import filled_scratch, judge
 from kernelfuzz.fuzz.targets import get_target
 from kernelfuzz.kernels import registry
 from kernelfuzz.kernels.base import KernelName
@@ -24,7 +27,17 @@ def main() -> None:
     """Serve the connection whose file descriptor is the first argument."""
     # Ctrl-C reaches the whole process group; the parent decides, and closes the connection.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    serve(Connection(int(sys.argv[1])))
+    descriptor = int(sys.argv[1])
+    threading.Thread(target=_end_with_the_other_side, args=(descriptor,), daemon=True).start()
+    serve(Connection(descriptor))
+
+
+def _end_with_the_other_side(descriptor: int) -> None:
+    """End this process as soon as the other side of the connection is gone, even while a kernel hangs."""
+    other_side = select.poll()
+    other_side.register(descriptor, 0)  # asks for nothing but the hang-up, which is always reported
+    other_side.poll()
+    os._exit(1)
 
 
 def serve(connection: Connection) -> None:
@@ -44,6 +57,8 @@ def serve(connection: Connection) -> None:
         text = str(error) if isinstance(error, KernelfuzzError) else f"{type(error).__name__}: {error}"
         _send(connection, {"error": text.splitlines()[0] if text else repr(error)})
         return
+    with filled_scratch():
+        pass  # the first use imports half of torch, which is no case's fault
     _send(connection, {"version": kernel.version, "dimensions": dict(kernel.dimensions)})
     while True:
         try:
@@ -51,7 +66,19 @@ def serve(connection: Connection) -> None:
         except EOFError:
             return
         case = from_json(target.case_type, json.loads(message))
-        _send(connection, judge(target, kernel, case, device).to_json())
+        verdict = judge(target, kernel, case, device)
+        usable = _usable(device)
+        _send(connection, {"verdict": verdict.to_json(), "usable": usable})
+        if not usable:
+            return
+
+
+def _usable(device: torch.device) -> bool:
+    """Whether the device still works: an illegal access leaves a context in which every later call fails."""
+    try:
+        return bool((torch.ones(1, device=device) + 1 == 2).all())
+    except RuntimeError:
+        return False
 
 
 def _send(connection: Connection, message: dict[str, Any]) -> None:

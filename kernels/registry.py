@@ -58,6 +58,8 @@ class Implementation:
         missing = missing_device(device)
         if missing is not None:
             return missing
+        if self.triton and importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: pip install 'triton>=3.6'"
         if device.type == "cpu" and (reason := self.cpu_runtime()) is not None:
             return reason
         try:

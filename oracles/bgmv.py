@@ -23,7 +23,9 @@ CLAUSES = (
     Clause("row_without_adapter", "keep"),
     Clause("columns_outside_weights", "keep"),
     Clause("overflow", "free"),
+    Clause("row_without_adapter_is_zero", "write"),
 )
+_PRODUCT, _NO_ADAPTER, _OUTSIDE, _OVERFLOW, _ZERO = range(len(CLAUSES))
 
 
 def outputs(inputs: Inputs) -> OutputSpecs:
@@ -68,9 +70,11 @@ def expect(inputs: Inputs, initial: dict[str, torch.Tensor]) -> Expectation:
 
     values = torch.zeros(before.shape, dtype=torch.float64, device=before.device)
     bound = torch.zeros_like(values)
-    region = torch.full(before.shape, 2, dtype=torch.uint8, device=before.device)
-    region[inputs.indices < 0] = 1
+    region = torch.full(before.shape, _OUTSIDE, dtype=torch.uint8, device=before.device)
+    # A shrink that starts from zeros may write zeros, of either sign.
+    starts_from_zeros = case.op == "shrink" and not case.accumulate
+    region[inputs.indices < 0] = _ZERO if starts_from_zeros else _NO_ADAPTER
     values[tokens, columns] = product.value
     bound[tokens, columns] = product.error
-    region[tokens, columns] = torch.where(overflow, 3, 0).to(torch.uint8)
+    region[tokens, columns] = torch.where(overflow, _OVERFLOW, _PRODUCT).to(torch.uint8)
     return Expectation({"output": ExpectedOutput(CLAUSES, region, values, bound)})

@@ -50,10 +50,10 @@ def align_row(expert_ids: torch.Tensor, chosen: torch.Tensor, num_experts: int, 
 def padded_capacity(pairs: int, num_experts: int, block_size: int, *, rounded: bool) -> int:
     """Return the length of a row of sorted token ids that vLLM allocates for `pairs` routed pairs.
 
-    pairs + num_experts * (block_size - 1), rounded up to whole blocks or not; never more than a block for each pair
-    where pairs are fewer than experts.
+    pairs + num_experts * (block_size - 1), rounded up to whole blocks or not; a block for each pair where pairs are
+    fewer than experts.
     """
+    if pairs < num_experts:
+        return pairs * block_size
     capacity = pairs + num_experts * (block_size - 1)
-    if rounded:
-        capacity = math.ceil(capacity / block_size) * block_size
-    return min(capacity, pairs * block_size) if pairs < num_experts else capacity
+    return math.ceil(capacity / block_size) * block_size if rounded else capacity

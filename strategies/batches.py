@@ -61,7 +61,8 @@ def batches(
         length=st.integers(1, max_length),
     )
     segments = draw(st.lists(segment, min_size=1, max_size=max_segments))
-    # Drawn last and rarely, so that a failure which needs no token still shrinks to one: that is what a person would write.
+    # Drawn last and rarely, so that a failure which needs no token still shrinks to one: that is what a person would
+    # write.
     if empty and draw(st.integers(0, 19)) == 19:
         return Batch(())
     return Batch(tuple(segments))

@@ -50,6 +50,11 @@ class Case(BaseCase):
     weights_4d: bool
 
     @property
+    def size(self) -> int:
+        """Number of tokens."""
+        return self.batch.num_tokens
+
+    @property
     def refusal(self) -> str | None:
         """What the operator's shape checks say of this call, or None if the call is legal."""
         if self.layer == "wrapper":
@@ -86,7 +91,8 @@ def cases(
 ) -> Case:
     """Draw a case. The simplest has one token; every argument narrows a dimension.
 
-    The operator is given shapes it must refuse now and then, the wrapper is given padded and truncated vocabularies.
+    `max_columns` bounds the weights' rows; the output may be wider by its padding and the slice's offset. The
+    operator is given shapes it must refuse now and then, the wrapper is given padded and truncated vocabularies.
     """
     chosen_layer = draw(st.sampled_from(layer))
     chosen = draw(st.sampled_from(op))
@@ -96,7 +102,7 @@ def cases(
     if matching and not (chosen_layer == "operator" and draw(st.integers(0, 9)) == 9):
         rows = columns = draw(ranks(maximum=max_rank) if shrink else sizes(1, max_columns, around=(64, 128)))
     else:
-        rows, columns = draw(padded_widths(1, max_columns))
+        rows, columns = draw(padded_widths(1, max_rank if shrink else max_columns))
     offset = slice_size = 0
     if chosen == "expand_slice":
         slice_size = rows
@@ -150,7 +156,7 @@ def make_inputs(case: Case, device: torch.device | str, allocate: Allocate | Non
     weights = allocate("weights", (case.num_adapters, *one, case.rows, case.width), dtype)
     active = [adapter for adapter in case.batch.active() if adapter != BASE]
     used = (len(active), *weights.shape[1:])
-    weights[active] = contents.values(used, dtype, case.contents, case.seed, "w", device)
+    weights[active] = contents.values(used, dtype, case.contents, case.seed, "w", device, weights=True)
     return Inputs(case, x, weights, allocate("indices", adapters.shape, torch.int64).copy_(adapters))
 
 

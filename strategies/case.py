@@ -27,6 +27,11 @@ class Case:
     target: ClassVar[str]
     seed: int
 
+    @property
+    def size(self) -> int:
+        """What a person counts first in a case: its tokens."""
+        raise NotImplementedError
+
 
 def to_json(case: Case) -> dict[str, Any]:
     """Return the case as a JSON object ``{schema, target, case}``."""
@@ -41,7 +46,7 @@ def from_json(case_type: type[AnyCase], document: Any) -> AnyCase:
     if not isinstance(document, Mapping) or "schema" not in document:
         raise KernelfuzzError("not a case file: it has no schema number")
     if document["schema"] != SCHEMA:
-        raise KernelfuzzError(f"case file has schema {document['schema']}, this kernelfuzz reads schema {SCHEMA}")
+        raise KernelfuzzError(f"case file has schema {document['schema']!r}, this kernelfuzz reads schema {SCHEMA}")
     if document.get("target") != case_type.target:
         raise KernelfuzzError(f"case file is for target {document.get('target')!r}, not {case_type.target!r}")
     case: AnyCase = _decode(case_type, document.get("case"), "case")

@@ -16,10 +16,11 @@ Style = Literal["ones", "small_integers", "signed", "sparse", "wide", "cancellin
 
 - ones: every element 1
 - small_integers: -2 to 2, so that small sums are exact
-- signed: uniform in (-1, 1)
+- signed: uniform in (-1, 1), then rounded to the dtype
 - sparse: as signed, half of them zero
-- wide: signed values over 16 binades, 2^-8 to 2^7
-- cancelling: neighbours of opposite sign and 64 times larger than what remains of their sum
+- wide: signed values times 2^-12 to 2^3
+- cancelling: signed values plus a large one, up to 16, that neighbours in a row share: with opposite signs in
+  activations and the same sign in weights, so that it cancels out of their products' sum
 - subnormal: small multiples of the dtype's smallest subnormal
 """
 
@@ -52,9 +53,19 @@ def hash_bits(seed: int, name: str, count: int, device: torch.device | str) -> t
 
 
 def values(
-    shape: tuple[int, ...], dtype: torch.dtype, style: Style, seed: int, name: str, device: torch.device | str
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    style: Style,
+    seed: int,
+    name: str,
+    device: torch.device | str,
+    *,
+    weights: bool = False,
 ) -> torch.Tensor:
-    """Return a contiguous tensor of finite values of a floating-point `dtype` in the given style. None is -0.0."""
+    """Return a contiguous tensor of finite values of a floating-point `dtype` in the given style. None is -0.0.
+
+    `weights` tells the tensor that activations are multiplied with; only the style cancelling makes the two differ.
+    """
     count = math.prod(shape)
     if style == "ones":
         return torch.ones(shape, dtype=dtype, device=device)
@@ -65,25 +76,31 @@ def values(
     elif style == "small_integers":
         result = (bits % 5 - 2).to(torch.float64)
     else:
-        result = _signed(bits, style, count, seed, name, device)
+        # 24 bits: exact in float32, rounded once to the dtype. Odd, so that no value is zero before it is rounded.
+        result = ((bits >> 8) - (1 << 23)).mul_(2).add_(1).to(torch.float64).mul_(2.0**-24)
+        if style == "sparse":
+            result = torch.where((bits & 1) == 0, 0.0, result)
+        elif style == "wide":
+            result.mul_(1 << (bits & 15)).mul_(2.0**-12)
+            # Float16 would round these to zero, the negative ones to -0.0.
+            result = torch.where(result.abs() < 2.0**-24, 0.0, result)
+        elif style == "cancelling":
+            result += _shared_by_neighbours(shape, seed, name, device, alternating=not weights)
     return result.to(dtype).view(shape)
 
 
-def _signed(
-    bits: torch.Tensor, style: Style, count: int, seed: int, name: str, device: torch.device | str
+def _shared_by_neighbours(
+    shape: tuple[int, ...], seed: int, name: str, device: torch.device | str, *, alternating: bool
 ) -> torch.Tensor:
-    # 24 bits: exact in float32, rounded once to the tensor's dtype. Odd, so that the smallest magnitude is not zero.
-    result = ((bits >> 8) - (1 << 23)).mul_(2).add_(1).to(torch.float64).mul_(2.0**-24)
-    if style == "sparse":
-        result = torch.where((bits & 1) == 0, 0.0, result)
-    elif style == "wide":
-        result = torch.ldexp(result, (bits & 15) - 8)
-    elif style == "cancelling":
-        pair = hash_bits(seed, name + "/pair", (count + 1) // 2, device).repeat_interleave(2)[:count]
-        large = ((pair >> 24) - 128).to(torch.float64)
-        sign = 1.0 - 2.0 * (torch.arange(count, device=device) & 1).to(torch.float64)
-        result = result + sign * large * 0.5
-    return result
+    """Return a multiple of 1/8 up to 16, float64 [elements], for columns 2i and 2i + 1; 0 for a column left alone."""
+    index = torch.arange(math.prod(shape), device=device)
+    column = index % max(shape[-1], 1)
+    odd = column & 1
+    large = (hash_bits(seed, f"{name}/pair", index.numel(), device)[index - odd] >> 24) - 128
+    if alternating:
+        large = large * (1 - 2 * odd)
+    alone = (odd == 0) & (column == shape[-1] - 1)
+    return torch.where(alone, 0, large).to(torch.float64).mul_(2.0**-3)
 
 
 def routing_weights(shape: tuple[int, ...], seed: int, name: str, device: torch.device | str) -> torch.Tensor:

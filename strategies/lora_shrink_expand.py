@@ -41,9 +41,15 @@ class Case(BaseCase):
     column_tail: int  # expand only: columns after the last
     weights_4d: bool  # [L, 1, ...] as layers store them, or [L, ...]
     visit_all: bool  # the grid covers every adapter slot, or the active ones only
+    block_n: int
     block_k: int
     split_k: int
     input_layout: Layout
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+        return self.batch.num_tokens
 
     @property
     def no_lora(self) -> bool:
@@ -61,7 +67,7 @@ def cases(
     max_hidden: int = 600,
     max_columns: int = 272,
     max_segments: int = 6,
-    max_length: int = 20,
+    max_length: int = 12,
 ) -> Case:
     """Draw a case. The simplest has one token; every argument narrows a dimension."""
     num_adapters = draw(st.integers(1, 4))
@@ -89,8 +95,9 @@ def cases(
         column_tail=draw(st.integers(0, 9)) if expand else 0,
         weights_4d=draw(st.booleans()),
         visit_all=draw(st.booleans()),
-        block_k=draw(st.sampled_from((32, 64, 256))),
-        split_k=1 if expand else draw(st.sampled_from((1, 2, 8))),
+        block_n=draw(st.sampled_from((64, 32))),
+        block_k=draw(st.sampled_from((64, 32, 256))),
+        split_k=1 if expand else draw(st.sampled_from((1, 2, 4))),
         input_layout=draw(layouts()),
     )
 
@@ -131,7 +138,7 @@ def make_inputs(case: Case, device: torch.device | str, allocate: Allocate | Non
         shape = (case.num_adapters, 1, rows, columns) if case.weights_4d else (case.num_adapters, rows, columns)
         weight = allocate(f"weights[{s}]", shape, dtype)
         used = (len(active), *shape[1:])
-        weight[active] = contents.values(used, dtype, case.contents, case.seed, f"w/{s}", device)
+        weight[active] = contents.values(used, dtype, case.contents, case.seed, f"w/{s}", device, weights=True)
         weights.append(weight)
     return Inputs(case, x, weights, allocate("token_lora_mapping", (tokens,), torch.int64).copy_(adapters))
 

@@ -43,6 +43,11 @@ class Case(BaseCase):
     ids_dtype: IdsDtype
 
     @property
+    def size(self) -> int:
+        """Number of tokens."""
+        return self.batch.num_tokens
+
+    @property
     def pairs(self) -> int:
         """Number of (token, choice) pairs."""
         return self.batch.num_tokens * self.top_k
@@ -56,11 +61,6 @@ class Case(BaseCase):
     def max_blocks(self) -> int:
         """Entries of a row of expert ids."""
         return -(-self.capacity // max(self.block_size, 1))
-
-    @property
-    def small_batch(self) -> bool:
-        """Whether one kernel does it all, or two share the work."""
-        return self.pairs < SMALL_BATCH_PAIRS and self.num_experts <= SMALL_BATCH_EXPERTS
 
 
 @st.composite

@@ -7,19 +7,13 @@ from hypothesis import strategies as st
 def sizes(draw: st.DrawFn, minimum: int, maximum: int, *, around: tuple[int, ...] = (), reach: int = 3) -> int:
     """Draw a size in [minimum, maximum], half of the time within `reach` of one of `around`.
 
-    The threshold is drawn first and the distance second, so that the shrinker can give up the threshold and then walk
-    down to `minimum`, the simplest size.
+    What is drawn is a range and then the size itself, so that the shrinker can give up the threshold, keep the size
+    and walk down to `minimum`, the simplest size.
     """
-    thresholds = tuple(threshold for threshold in around if minimum <= threshold <= maximum)
-    centre = draw(st.sampled_from((None,) * max(1, len(thresholds)) + thresholds))
-    if centre is None:
-        return draw(st.integers(minimum, maximum))
-    return min(maximum, max(minimum, centre + draw(st.integers(-reach, reach))))
-
-
-def multiples(unit: int, maximum: int) -> st.SearchStrategy[int]:
-    """Draw a positive multiple of `unit` up to `maximum`; the simplest is `unit` itself."""
-    return st.integers(1, maximum // unit).map(lambda factor: factor * unit)
+    near = [(max(minimum, centre - reach), min(maximum, centre + reach)) for centre in around]
+    near = [(low, high) for low, high in near if low <= high]
+    low, high = draw(st.sampled_from([(minimum, maximum)] * max(1, len(near)) + near))
+    return draw(st.integers(low, high))
 
 
 @st.composite

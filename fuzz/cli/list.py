@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kernelfuzz.fuzz.job import Job, all_kernels
 
@@ -32,6 +33,6 @@ def list_kernels(
         table.add_column(name, no_wrap=True)
     table.add_column("here", overflow="fold")
     for row in rows:
-        here = "[green]runs[/]" if row["runs"] else f"[dim]{row['reason']}[/]"
+        here = Text("runs", "green") if row["runs"] else Text(str(row["reason"]), "dim")
         table.add_row(str(row["target"]), str(row["kernel"]), str(row["device"]), here)
     Console().print(table)

@@ -22,6 +22,9 @@ from kernelfuzz.kernels.registry import parse_device
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 DEFAULT_SECONDS = 60.0
+INTERRUPTED = 130
+"""What a shell reports of a command that Ctrl-C ended: 128 + SIGINT."""
+
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -41,7 +44,7 @@ def run(
 ) -> None:
     """Fuzz kernels and report what fails.
 
-    Exit status: 0 no failure, 1 failures, 2 usage or environment.
+    Exit status: 0 no failure, 1 failures, 2 usage or environment, 130 interrupted before a failure was found.
     """
     console = Console(stderr=as_json, highlight=False)
     where = None if device is None else parse_device(device)
@@ -66,6 +69,8 @@ def run(
         print(json.dumps(summary.to_json(), indent=2))
     if summary.failed:
         raise typer.Exit(1)
+    if summary.interrupted:
+        raise typer.Exit(INTERRUPTED)
     raise typer.Exit(2 if summary.broken else 0)
 
 

@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-decorators=False
 """An example of `bgmv`: one Triton kernel, the operators that check shapes before they launch it, and the wrapper above
 them, which accepts any padding of the vocabulary."""
 
@@ -16,12 +17,13 @@ BUGS = ("padded_vocab",)
   the output is wide (vLLM 0.19.1 and older, pull request 39989)
 """
 
-BLOCK_T = 32
-BLOCK_N = 64
+BLOCK_T = 64
+BLOCK_N = 128
 BLOCK_K = 64
 
 
-@triton.jit
+# A kernel compiled for each class of sizes would be compiled for nearly every case.
+@triton.jit(do_not_specialize=("num_tokens", "num_rows", "width", "output_stride", "adapter_stride"))
 def _bgmv(
     output: tl.tensor,
     x: tl.tensor,
@@ -45,29 +47,30 @@ def _bgmv(
     mine = tl.load(indices + tokens, mask=tokens < num_tokens, other=-1) == adapter
     if tl.max(mine.to(tl.int32), 0) == 0:
         return
-    rows = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_rows = x + tokens[:, None].to(tl.int64) * width
-    weight_rows = weights + adapter.to(tl.int64) * adapter_stride + rows[None, :] * width
+    tokens, mine = tokens[:, None], mine[:, None]
+    rows = (tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    ours = mine & (rows < num_rows)
+
+    x_rows = x + tokens * width
+    weight_rows = weights + adapter.to(tl.int64) * adapter_stride + rows * width
     product = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for start in range(0, width, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        some_x = tl.load(x_rows + k[None, :], mask=mine[:, None] & (k < width)[None, :], other=0.0)
-        some_weights = tl.load(
-            weight_rows + k[:, None], mask=(k < width)[:, None] & (rows < num_rows)[None, :], other=0.0
-        )
-        product = tl.dot(some_x.to(weights.dtype.element_ty), some_weights, product)
+        a = tl.load(x_rows + k[None, :], mask=mine & (k < width)[None, :], other=0.0)
+        b = tl.load(weight_rows + k[:, None], mask=(rows < num_rows) & (k < width)[:, None], other=0.0)
+        product = tl.dot(a.to(b.dtype), b, product)
     product *= scale
-    places = output + tokens[:, None].to(tl.int64) * output_stride + rows[None, :]
-    written = mine[:, None] & (rows < num_rows)[None, :]
+
+    places = output + tokens * output_stride + rows
     if ADD:
-        product += tl.load(places, mask=written, other=0.0).to(tl.float32)
-    tl.store(places, product.to(output.dtype.element_ty), mask=written)
+        product += tl.load(places, mask=ours, other=0.0).to(tl.float32)
+    tl.store(places, product.to(output.dtype.element_ty), mask=ours)
 
 
 def _launch(
     output: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, scale: float, add: bool
 ) -> None:
-    """Write all of `output`, a view [tokens, rows] with contiguous rows; x and each adapter's weights are contiguous."""
+    """Write all of `output`, a view whose rows are contiguous. x and the weights of each adapter are contiguous."""
     num_tokens, num_rows = output.shape
     grid = (weights.shape[0], triton.cdiv(num_tokens, BLOCK_T), triton.cdiv(num_rows, BLOCK_N))
     _bgmv[grid](
@@ -115,9 +118,7 @@ def bgmv_expand_slice(
     _launch(output[:, offset : offset + size], x, weights, indices, 1.0, add)
 
 
-def bgmv_expand(
-    output: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, add: bool
-) -> None:
+def bgmv_expand(output: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, add: bool) -> None:
     """`bgmv_expand_slice` over all columns of the output."""
     bgmv_expand_slice(output, x, weights, indices, 0, output.shape[1], add)
 

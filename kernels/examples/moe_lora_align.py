@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-decorators=False
 """An example of `moe_lora_align`: two Triton kernels.
 
 One program of the first handles one entry of `lora_ids`: it counts the adapter's pairs for each expert, decides where
@@ -23,25 +24,27 @@ BUGS = ("last_adapter_unwritten", "disabled_adapter_touched", "adapter_out_of_ra
 - adapter_out_of_range: no kernel asks whether there are rows for the adapter
 """
 
-BLOCK = 1024
+BLOCK = 2048
 WARP = 32
+# Not specialised: a kernel compiled for each class of sizes would be compiled for nearly every case.
+SIZES = ("num_pairs", "num_experts", "num_adapters", "top_k", "block_size", "capacity", "max_blocks")
 
 
 @triton.jit
-def _is_skipped(
+def _has_rows(
     adapter: tl.tensor,
     num_adapters: tl.tensor,
     adapter_enabled: tl.tensor,
     CHECK_RANGE: tl.constexpr,
     CHECK_ENABLED: tl.constexpr,
 ) -> tl.tensor:
-    """Whether the adapter's rows are to be left alone."""
-    skipped = adapter < 0
+    """Whether the adapter's rows are to be written."""
+    has_rows = adapter >= 0
     if CHECK_RANGE:
-        skipped = skipped | (adapter >= num_adapters)
+        has_rows = has_rows & (adapter < num_adapters)
     if CHECK_ENABLED:
-        skipped = skipped | (tl.load(adapter_enabled + adapter, mask=skipped == 0, other=0) == 0)
-    return skipped
+        has_rows = has_rows & (tl.load(adapter_enabled + adapter, mask=has_rows, other=0) != 0)
+    return has_rows
 
 
 @triton.jit
@@ -75,7 +78,7 @@ def _fill(row: tl.tensor, length: tl.tensor, value: tl.tensor, BLOCK: tl.constex
         tl.store(row + columns, tl.full((BLOCK,), value, tl.int32), mask=columns < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _lay_out(
     topk_ids: tl.tensor,
     token_adapters: tl.tensor,
@@ -99,7 +102,7 @@ def _lay_out(
 ) -> None:
     """Grid (entries of lora_ids). Write num_tokens_post_pad and group_starts, and pad the adapter's other rows."""
     adapter = tl.load(lora_ids + tl.program_id(0))
-    if _is_skipped(adapter, num_adapters, adapter_enabled, CHECK_RANGE, True):
+    if not _has_rows(adapter, num_adapters, adapter_enabled, CHECK_RANGE, True):
         return
     counts = tl.zeros((BLOCK_E,), tl.int32)
     for start in range(0, num_pairs, BLOCK):
@@ -117,7 +120,7 @@ def _lay_out(
     tl.store(group_starts + adapter * num_experts + all_experts, ends - padded, mask=all_experts < num_experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _sort(
     topk_ids: tl.tensor,
     token_adapters: tl.tensor,
@@ -140,7 +143,7 @@ def _sort(
 ) -> None:
     """Grid (entries of lora_ids, blocks of pairs). Put each pair into the next free place of its expert's group."""
     adapter = tl.load(lora_ids + tl.program_id(0))
-    if _is_skipped(adapter, num_adapters, adapter_enabled, CHECK_RANGE, CHECK_ENABLED):
+    if not _has_rows(adapter, num_adapters, adapter_enabled, CHECK_RANGE, CHECK_ENABLED):
         return
     pairs, experts, valid = _load_pairs(
         tl.program_id(1) * BLOCK,

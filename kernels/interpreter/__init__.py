@@ -36,7 +36,8 @@ def install() -> None:
     """Mend Triton's interpreter in this process; calling it again does nothing.
 
     - bfloat16 is computed in float32 and rounded to nearest even, as a GPU does; Triton's interpreter computes with the
-      bit patterns. A bfloat16 operation that is not mended raises NotImplementedError.
+      bit patterns. A bfloat16 operation that is not mended raises NotImplementedError. Sums of bfloat16 and float16
+      round each partial sum, as compiled Triton's do.
     - Every load, store and atomic is checked against the extents of the launch's tensors and of those that are
       ``reachable``, before it happens, and raises OutOfBoundsError. An access inside the extent of a strided view but
       in a gap between its rows is let through.

@@ -93,6 +93,12 @@ def _unsupported(operation: str) -> NotImplementedError:
     return NotImplementedError(f"kernelfuzz does not mend {operation} on bfloat16 in Triton's interpreter")
 
 
+def _refuse_nan_padding(block: Any, padding: Any) -> None:
+    # The interpreter converts NaN to uint16 and pads with 0.
+    if padding == _ir.PADDING_OPTION.PAD_NAN and block.base.get_element_ty() == tl.bfloat16:
+        raise _unsupported("NaN padding")
+
+
 def _elementwise(original: Callable[..., Any]) -> Callable[..., Any]:
     def operation(self: Any, *operands: Any) -> Any:
         if not any(map(_is_bfloat16, operands)):
@@ -151,6 +157,16 @@ class Builder(InterpreterBuilder):  # type: ignore[misc]
     def create_print(self, prefix: Any, hexadecimal: Any, values: Any, is_signed: Any) -> None:
         """Print values instead of bit patterns."""
         super().create_print(prefix, hexadecimal, [_widened(value) for value in values], is_signed)
+
+    def create_descriptor_load(self, desc: Any, *rest: Any) -> Any:
+        """A load through a tensor descriptor."""
+        _refuse_nan_padding(desc, desc.padding)
+        return super().create_descriptor_load(desc, *rest)
+
+    def create_tensor_pointer_load(self, ptr: Any, boundary_check: Any, padding: Any, *rest: Any) -> Any:
+        """A load through a block pointer; the builder knows them up to Triton 3.7."""
+        _refuse_nan_padding(ptr, padding)
+        return super().create_tensor_pointer_load(ptr, boundary_check, padding, *rest)
 
     def create_atomic_rmw(self, op: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> Any:
         """Triton defines no other atomic than addition on bfloat16."""

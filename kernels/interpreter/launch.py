@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterError, _patch_lang
 
@@ -58,7 +59,10 @@ def patch_language_once(fn: Any) -> Any:
     if fn in _patched:
         return None
     _patched.add(fn)
-    return _patch_lang(fn)
+    scope = _patch_lang(fn)
+    # For `range` over a tensor: what Triton 3.6 puts here fails with numpy 2.4.
+    scope.set_attr(tl.tensor, "__index__", lambda tensor: int(tensor.handle.data.item()))
+    return scope
 
 
 class Executor(GridExecutor):  # type: ignore[misc]

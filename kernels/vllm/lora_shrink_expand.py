@@ -29,7 +29,7 @@ def load(root: Path | None, device: torch.device) -> Kernel:
 
     def launch(inputs: Inputs, outputs: Mapping[str, torch.Tensor]) -> None:
         case = inputs.case
-        tiles.update(block_k=case.block_k)
+        tiles.update(block_n=case.block_n, block_k=case.block_k)
         # Keyed by address, which the allocator gives to other weights from case to case.
         utils._LORA_A_PTR_DICT.clear()
         utils._LORA_B_PTR_DICT.clear()

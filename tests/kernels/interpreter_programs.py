@@ -5,7 +5,9 @@
 writes with `torch.save` what each program returned, or what it raised.
 """
 
+import contextlib
 import dataclasses
+import io
 import sys
 
 import numpy as np
@@ -293,6 +295,34 @@ def integer_overflow():
 
 
 @triton.jit
+def _print(x_ptr):
+    tl.device_print("x", tl.load(x_ptr))
+
+
+@program
+def prints():
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        _print[(1,)](torch.tensor([1.5], dtype=torch.bfloat16))
+    return printed.getvalue()
+
+
+@triton.jit
+def _count_up(limit_ptr, out_ptr):
+    total = 0
+    for i in range(tl.load(limit_ptr)):
+        total += i
+    tl.store(out_ptr, total)
+
+
+@program
+def range_over_a_tensor():
+    out = torch.zeros(1, dtype=torch.int32)
+    _count_up[(1,)](torch.tensor([5], dtype=torch.int32), out)
+    return int(out)
+
+
+@triton.jit
 def _own_address(x_ptr, out_ptr):
     tl.store(out_ptr, x_ptr.to(tl.int64))
 
@@ -422,6 +452,22 @@ def bounds_of_tuples_and_views():
     results["after"] = attempt(lambda: _nothing_but_memory[(1,)]((whole[:2, :4], y), 2, 8))
     results["empty"] = attempt(lambda: _nothing_but_memory[(1,)]((whole[:0], y), 1, 1))
     results["overlapping"] = attempt(lambda: _nothing_but_memory[(1,)]((whole, whole[:, 2:5]), 2, 8))
+    return results
+
+
+@triton.jit
+def _pad(x_ptr, y_ptr, N: tl.constexpr):
+    x = tl.make_tensor_descriptor(x_ptr, shape=[3, N], strides=[N, 1], block_shape=[4, N], padding_option="nan")
+    i = tl.arange(0, 4)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(y_ptr + i, x.load([0, 0]))
+
+
+@program
+def nan_padding():
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = torch.ones(3, 8, dtype=dtype), torch.zeros(4, 8, dtype=dtype)
+        results[str(dtype)] = {"error": attempt(lambda x=x, y=y: _pad[(1,)](x, y, 8)), "y": y}
     return results
 
 

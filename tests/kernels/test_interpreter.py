@@ -150,6 +150,14 @@ def test_what_is_not_mended_refuses_and_names_itself(results):
     assert "bf16 to fp8e5" in error["text"]
 
 
+def test_nan_padding_is_not_zero(results):
+    single, narrow = results["nan_padding"]["torch.float32"], results["nan_padding"]["torch.bfloat16"]
+    assert single["error"] is None
+    assert single["y"][3].isnan().all()
+    assert narrow["error"]["raised"] == "NotImplementedError"
+    assert "NaN padding" in narrow["error"]["text"]
+
+
 @pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float16"])
 def test_dot_accumulates_in_float32(results, dtype):
     a, b, c, out = results["dots"][dtype]
@@ -202,6 +210,14 @@ def test_atomic_add_sees_every_lane_before_it(results):
 
 def test_integers_wrap_around(results):
     assert results["integer_overflow"].tolist() == [-(2**31)] * 4
+
+
+def test_values_are_printed(results):
+    assert "1.5" in results["prints"]
+
+
+def test_range_over_a_loaded_number(results):
+    assert results["range_over_a_tensor"] == 0 + 1 + 2 + 3 + 4
 
 
 def test_kernels_work_on_the_callers_memory(results):

@@ -1,0 +1,402 @@
+"""`kernelfuzz run` as a user meets it: what it prints where, what it leaves, and its exit status."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kernelfuzz.fuzz.targets import TARGETS
+from kernelfuzz.strategies.case import to_json
+
+RIGHT, TWO_BUGS, FLAKY = (f"engine_kernels:{name}" for name in ("right", "two_bugs", "wrong_in_three_of_ten"))
+WRONG_NAME = "bgmv.engine_kernels-two_bugs.wrong_value.output.product"
+RAISED_NAME = "bgmv.engine_kernels-two_bugs.raised.ValueError_in_two_bugs"
+FLAKY_NAME = "bgmv.engine_kernels-wrong_in_three_of_ten.wrong_value.output.product"
+
+
+def as_json(text: str):
+    """Parse JSON that has no NaN or infinity."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def rank(case):
+    return case["rows"] if case["op"] == "shrink" else case["width"]
+
+
+def tokens(case):
+    return sum(segment["length"] for segment in case["batch"]["segments"])
+
+
+# One campaign of three kernels, in a process of its own, and what is to be seen of it.
+
+
+def run_three(out, cwd, environment):
+    command = ["-c", "from kernelfuzz.fuzz.cli import main; main()", "run", "bgmv"]
+    kernels = [argument for name in (RIGHT, TWO_BUGS, FLAKY) for argument in ("--kernel", name)]
+    options = ["--device", "cpu", "--examples", "60", "--seed", "7", "--out", str(out), "--json"]
+    return subprocess.run(
+        [sys.executable, *command, *kernels, *options],
+        cwd=cwd,
+        env={**environment, "KERNELFUZZ_HOME": str(cwd / "home"), "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("campaign")
+
+
+@pytest.fixture(scope="module")
+def campaign(folder, worker_environment):
+    return run_three(folder / "out", folder, worker_environment)
+
+
+@pytest.fixture(scope="module")
+def summary(campaign):
+    return as_json(campaign.stdout)
+
+
+def test_failures_are_exit_status_1(campaign):
+    assert campaign.returncode == 1
+
+
+def test_json_is_all_of_stdout_and_the_rest_is_on_stderr(campaign, summary, folder):
+    assert as_json((folder / "out" / "summary.json").read_text()) == summary
+    for name in (WRONG_NAME, RAISED_NAME, FLAKY_NAME, "see it again: kernelfuzz run bgmv --kernel", "3 failure(s)"):
+        assert name in campaign.stderr
+    assert "Traceback" not in campaign.stderr
+
+
+def test_summary_has_the_promised_schema(summary):
+    assert summary["schema"] == 1
+    assert {"python", "platform", "kernelfuzz", "torch", "hypothesis"} <= set(summary["environment"])
+    assert (summary["seed"], summary["interrupted"], summary["skipped"]) == (7, False, [])
+    kinds = {
+        "target": str,
+        "kernel": str,
+        "version": str,
+        "device": str,
+        "examples": int,
+        "cases": int,
+        "rejected": int,
+        "seconds": float,
+        "worst_ratio": float,
+        "regimes": dict,
+        "failures": list,
+    }
+    for result in summary["results"]:
+        assert {name: type(result[name]) for name in kinds} == kinds
+    assert [result["kernel"] for result in summary["results"]] == [RIGHT, TWO_BUGS, FLAKY]
+
+
+def test_every_kernel_has_its_examples(summary):
+    for result in summary["results"]:
+        assert (result["target"], result["version"], result["device"]) == ("bgmv", "user", "cpu")
+        assert (result["examples"], result["rejected"], result["error"]) == (60, 0, "")
+        assert result["seconds"] > 0
+        assert set(result["spent"]) == {"inputs", "oracle", "kernel", "check"}
+        assert 0 < result["worst_ratio"] <= 1
+        assert result["worst_ratio"] == max(result["worst_ratios"].values())
+        assert all(0 < count <= 60 for count in result["regimes"].values())
+        assert {"shrink", "expand", "expand_slice", "base_and_adapters"} <= set(result["regimes"])
+
+
+def test_every_failure_is_found_once(summary):
+    right, two_bugs, flaky = (result["failures"] for result in summary["results"])
+    assert right == []
+    assert sorted(two_bugs) == sorted([WRONG_NAME, RAISED_NAME])
+    assert flaky == [FLAKY_NAME]
+
+
+def test_failures_are_saved_and_shrunk(folder):
+    failures = folder / "out" / "failures"
+    assert {path.name for path in failures.iterdir()} == {WRONG_NAME, RAISED_NAME, FLAKY_NAME}
+    for name, kind, output, clause in (
+        (WRONG_NAME, "wrong_value", "output", "product"),
+        (RAISED_NAME, "raised", "", "ValueError_in_two_bugs"),
+        (FLAKY_NAME, "wrong_value", "output", "product"),
+    ):
+        assert {path.name for path in (failures / name).iterdir()} == {"case.json", "failure.json"}
+        failure = as_json((failures / name / "failure.json").read_text())
+        assert (failure["schema"], failure["fingerprint"], failure["shrunk"]) == (1, name, True)
+        assert (failure["kind"], failure["output"], failure["clause"]) == (kind, output, clause)
+        assert (failure["target"], failure["device"], failure["seed"]) == ("bgmv", "cpu", 7)
+        assert 1 <= failure["examples"] <= 60
+        assert failure["environment"]["torch"]
+    wrong, raised = (as_json((failures / name / "case.json").read_text()) for name in (WRONG_NAME, RAISED_NAME))
+    assert (wrong["schema"], wrong["target"]) == (1, "bgmv")
+    assert (rank(wrong["case"]), tokens(wrong["case"])) == (9, 1)
+    assert (rank(raised["case"]), tokens(raised["case"])) == (1, 4)
+    message = as_json((failures / RAISED_NAME / "failure.json").read_text())["message"]
+    assert message == "ValueError: too many tokens"
+    (element,) = as_json((failures / WRONG_NAME / "failure.json").read_text())["elements"]
+    assert math.isclose(element["actual"] - element["expected"], 1000, rel_tol=0.01)
+
+
+def test_same_seed_same_result(summary, folder, worker_environment):
+    again = as_json(run_three(folder / "again", folder, worker_environment).stdout)
+
+    def without_times(document):
+        results = [{k: v for k, v in r.items() if k not in ("seconds", "spent")} for r in document["results"]]
+        return {**document, "results": results}
+
+    assert without_times(again) == without_times(summary)
+    for name in (WRONG_NAME, RAISED_NAME, FLAKY_NAME):
+        first, second = (folder / out / "failures" / name for out in ("out", "again"))
+        for file in ("case.json", "failure.json"):
+            assert (first / file).read_text() == (second / file).read_text()
+
+
+def test_saved_case_shows_its_failure_again(kernelfuzz, campaign, folder):
+    path = folder / "out" / "failures" / WRONG_NAME / "case.json"
+    both = kernelfuzz("run", "--case", path, "bgmv", "--kernel", TWO_BUGS, "--kernel", RIGHT, "--device", "cpu")
+    assert (both.status, both.err) == (1, "")
+    lines = both.out.splitlines()
+    assert f"bgmv on {TWO_BUGS} (cpu) [user]: FAILED" in lines
+    assert f"  wrong_value  {WRONG_NAME}" in lines
+    assert f"bgmv on {RIGHT} (cpu) [user]: passed" in lines
+    assert "rows=9" in both.out
+
+
+def test_saved_case_passes_on_a_right_kernel(kernelfuzz, campaign, folder):
+    path = folder / "out" / "failures" / RAISED_NAME / "case.json"
+    outcome = kernelfuzz("run", "--case", path, "bgmv", "--kernel", RIGHT, "--json")
+    assert outcome.status == 0
+    (result,) = as_json(outcome.out)
+    assert (result["kernel"], result["device"], result["failures"]) == (RIGHT, "cpu", [])
+    assert "passed" in outcome.err
+
+
+def test_infinite_error_is_json_too(kernelfuzz, tmp_path, shrink_case):
+    (tmp_path / "case.json").write_text(json.dumps(to_json(shrink_case(2))))
+    (tmp_path / "kernels_here.py").write_text("def nan(inputs, outputs):\n    outputs['output'].fill_(float('nan'))\n")
+    outcome = kernelfuzz("run", "bgmv", "--case", "case.json", "--kernel", "kernels_here:nan", "--json")
+    (result,) = as_json(outcome.out)
+    assert (outcome.status, result["ratio"]) == (1, "inf")
+    assert result["failures"][0]["elements"][0]["actual"] == "nan"
+
+
+# Other ways to end.
+
+
+def test_right_kernel_is_exit_status_0_and_leaves_a_summary(kernelfuzz, tmp_path):
+    outcome = kernelfuzz("run", "bgmv", "--kernel", RIGHT, "--examples", "20")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "no failure in 20 examples; seed " in outcome.out
+    out = tmp_path / "kernelfuzz-out"
+    assert {path.name for path in out.iterdir()} == {"summary.json"}
+    (result,) = as_json((out / "summary.json").read_text())["results"]
+    assert (result["examples"], result["cases"], result["failures"]) == (20, 20, [])
+
+
+def test_kernel_that_cannot_be_loaded_is_exit_status_2_and_the_others_run(kernelfuzz, tmp_path):
+    arguments = ("--kernel", "engine_kernels:missing", "--kernel", RIGHT, "--time", "1s", "--out", tmp_path / "out")
+    outcome = kernelfuzz("run", "bgmv", *arguments)
+    assert outcome.status == 2
+    assert outcome.out.count("error: bgmv on engine_kernels:missing (cpu): kernel 'engine_kernels:missing' cannot") == 1
+    missing, right = as_json((tmp_path / "out" / "summary.json").read_text())["results"]
+    assert (missing["cases"], right["error"]) == (0, "")
+    assert "has no attribute 'missing'" in missing["error"]
+
+
+def test_examples_run_through_the_interpreter(kernelfuzz):
+    """Two builds of one kernel in one campaign: a version is a bug, or none."""
+    pytest.importorskip("triton", reason="Triton exists for Linux only")
+    options = ("--device", "cpu", "--examples", "40", "--seed", "1", "--json")
+    outcome = kernelfuzz("run", "bgmv", "--kernel", "example", "--kernel", "example@padded_vocab", *options)
+    assert outcome.status == 1
+    correct, buggy = as_json(outcome.out)["results"]
+    assert (correct["kernel"], correct["version"], correct["failures"]) == ("example", "correct", [])
+    assert (buggy["version"], buggy["failures"]) == (
+        "padded_vocab",
+        ["bgmv.example.raised.RuntimeError_in_bgmv_expand_slice"],
+    )
+
+
+def interrupt(kernel, folder, environment):
+    """Send SIGINT to the process group once `kernel` hangs; return the exit status, stdout and stderr."""
+    mark = folder / "mark"
+    command = ["-c", "from kernelfuzz.fuzz.cli import main; main()", "run", "bgmv", "--kernel", kernel]
+    with subprocess.Popen(
+        [sys.executable, *command, "--examples", "100000", "--seed", "1", "--out", str(folder / "out")],
+        cwd=folder,
+        env={**environment, "KERNELFUZZ_HOME": str(folder / "home"), "ENGINE_KERNELS_MARK": str(mark)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    return process.returncode, out, err
+
+
+def test_interruption_ends_with_a_summary(tmp_path, worker_environment):
+    status, out, err = interrupt("engine_kernels:right_and_then_never_ends", tmp_path, worker_environment)
+    assert (status, err) == (130, "")
+    assert "interrupted: this is what was done until then" in out
+    assert "no failure in " in out
+    summary = as_json((tmp_path / "out" / "summary.json").read_text())
+    assert summary["interrupted"] is True
+    (result,) = summary["results"]
+    assert (result["cases"], result["failures"]) == (20, [])
+    assert 20 <= result["examples"] < 100_000
+
+
+def test_interruption_keeps_what_was_found(tmp_path, worker_environment):
+    status, out, err = interrupt("engine_kernels:wrong_and_then_never_ends", tmp_path, worker_environment)
+    assert (status, err) == (1, "")
+    name = "bgmv.engine_kernels-wrong_and_then_never_ends.wrong_value.output.product"
+    assert name in out
+    summary = as_json((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["interrupted"], summary["results"][0]["failures"]) == (True, [name])
+    case = as_json((tmp_path / "out" / "failures" / name / "case.json").read_text())["case"]
+    assert rank(case) > 8
+
+
+# Bad input.
+
+
+def assert_one_line(outcome, *texts):
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+    for text in texts:
+        assert text in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (["no_such_target"], ["unknown target 'no_such_target'", *TARGETS]),
+        (["--kernel", "no-such-kernel"], ["unknown kernel 'no-such-kernel'", "vllm-xpu-kernels", "example"]),
+        (["moe_lora_align", "--kernel", "vllm@0.33.0"], ["unknown kernel 'vllm@0.33.0'", "vllm-xpu-kernels"]),
+        (["--kernel", "vllm@"], ["malformed kernel name 'vllm@'", "NAME@VERSION"]),
+        (["--kernel", "two words"], ["malformed kernel name 'two words'"]),
+        (["--kernel", ""], ["malformed kernel name ''"]),
+        (["--kernel", "my_module:kernel"], ["'my_module:kernel': name the target it implements"]),
+        (["lora_shrink_expand", "--kernel", "vllm@0.21.0"], ["run 'kernelfuzz releases fetch vllm==0.21.0'"]),
+        (["lora_shrink_expand", "--kernel", "vllm@newest"], ["'newest' is neither a version"]),
+        (["lora_shrink_expand", "--kernel", "vllm@no/such/path"], ["there is no folder no/such/path"]),
+        (["lora_shrink_expand", "--kernel", "vllm@."], [". holds no vllm/ folder: give a checkout of vllm"]),
+        (["bgmv", "--kernel", "example", "--device", "cuda:99"], ["device 'cuda:99': no "]),
+        (["bgmv", "--kernel", "example", "--device", "tpu"], ["unknown device 'tpu': expected cpu, cuda"]),
+        (["bgmv", "--kernel", "example", "--device", "meta"], ["unknown device 'meta': expected one of cuda, xpu, cpu"]),
+        (["bgmv", "--kernel", "example", "--device", "cuda:x"], ["unknown device 'cuda:x'"]),
+        (["bgmv", "--kernel", "example", "--device", ""], ["unknown device ''"]),
+        (["--examples", "0"], ["--examples 0: expected at least 1"]),
+        (["--examples", "-3"], ["--examples -3: expected at least 1"]),
+        (["--time", "0"], ["--time '0': expected a positive time like 90s, 10m or 2h"]),
+        (["--time", "abc"], ["--time 'abc'"]),
+        (["--time", "-1s"], ["--time '-1s'"]),
+        (["--time", "1d"], ["--time '1d'"]),
+        (["--time", ""], ["--time ''"]),
+        (["--examples", "5", "--time", "5s"], ["give --examples or --time, not both"]),
+        (["--out", "a-file"], ["--out a-file: File exists; name a folder that can be written"]),
+        (["--out", "a-file/below"], ["--out a-file/below: Not a directory"]),
+        (["--out", "/proc/kernelfuzz-out"], ["--out /proc/kernelfuzz-out: No such file or directory"]),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_line(kernelfuzz, tmp_path, arguments, texts):
+    (tmp_path / "a-file").touch()
+    if "--out" in arguments:
+        arguments = ["bgmv", "--kernel", RIGHT, "--examples", "1", *arguments]
+    assert_one_line(kernelfuzz("run", *arguments), *texts)
+    assert {path.name for path in tmp_path.iterdir()} == {"a-file"}
+
+
+def test_nothing_to_run_is_one_line(kernelfuzz, monkeypatch):
+    assert_one_line(kernelfuzz("run", "fused_moe_lora", "--device", "cpu"), "nothing can run here", "releases fetch")
+
+
+SAVED = {
+    "truncated": ('{"schema": 1, "target": "bg', "is not JSON"),
+    "empty": ("", "is not JSON"),
+    "binary": (b"\x89PNG\r\n\xff", "is not JSON"),
+    "list": ("[]", "not a case file: it is not an object"),
+    "no_schema": ('{"target": "bgmv", "case": {}}', "it has no schema number"),
+    "other_schema": ('{"schema": 2, "target": "bgmv", "case": {}}', "has schema 2, this kernelfuzz reads schema 1"),
+    "unknown_target": ('{"schema": 1, "target": "no_such", "case": {}}', "unknown target 'no_such'"),
+    "no_target": ('{"schema": 1, "case": {}}', "unknown target 'None'"),
+    "no_fields": ('{"schema": 1, "target": "bgmv", "case": {}}', "fields of case missing or unknown: accumulate, batch"),
+    "no_case": ('{"schema": 1, "target": "bgmv"}', "case is None, expected an object"),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_malformed_case_file_is_one_line(kernelfuzz, tmp_path, name):
+    content, text = SAVED[name]
+    (tmp_path / "case.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert_one_line(kernelfuzz("run", "--case", "case.json"), "case.json", text)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"width": "1"}, "case.width is '1', expected int"),
+        ({"width": None}, "case.width is None, expected int"),
+        ({"scale": True}, "case.scale is True, expected float"),
+        ({"op": "shrinks"}, "case.op is 'shrinks'"),
+        ({"batch": {"segments": [{"adapter": 0}]}}, "fields of case.batch.segments[0] missing or unknown: length"),
+        ({"colour": "red"}, "fields of case missing or unknown: colour"),
+    ],
+)
+def test_wrong_field_of_a_case_file_is_named(kernelfuzz, tmp_path, shrink_case, change, text):
+    document = to_json(shrink_case(1))
+    document["case"] |= change
+    (tmp_path / "case.json").write_text(json.dumps(document))
+    assert_one_line(kernelfuzz("run", "--case", "case.json"), "case.json: malformed case file: ", text)
+
+
+def test_case_file_that_cannot_be_read_is_one_line(kernelfuzz, tmp_path):
+    missing = kernelfuzz("run", "--case", "missing.json")
+    assert_one_line(missing, "cannot read case file missing.json: No such file or directory")
+    assert_one_line(kernelfuzz("run", "--case", "."), "cannot read case file .: Is a directory")
+
+
+def test_case_goes_with_its_own_target_and_no_budget(kernelfuzz, tmp_path, shrink_case):
+    (tmp_path / "case.json").write_text(json.dumps(to_json(shrink_case(1))))
+    foreign = kernelfuzz("run", "moe_lora_align", "--case", "case.json")
+    assert_one_line(foreign, "the case is for target bgmv, not moe_lora_align")
+    assert_one_line(kernelfuzz("run", "--case", "case.json", "--examples", "5"), "leave out --examples and --time")
+    assert_one_line(kernelfuzz("run", "--case", "case.json", "--kernel", "no_such"), "unknown kernel 'no_such'")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_out_that_may_not_be_written_is_one_line(kernelfuzz, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    outcome = kernelfuzz("run", "bgmv", "--kernel", RIGHT, "--examples", "1", "--out", "locked")
+    assert_one_line(outcome, "--out locked: Permission denied")
+
+
+def test_console_script_reports_without_a_traceback(tmp_path):
+    script = Path(sys.executable).with_name("kernelfuzz")
+    done = subprocess.run(
+        [script, "run", "no_such_target"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: unknown target 'no_such_target'")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,341 @@
+"""The search: what it tries, what it finds, how small that gets, and when it ends. No kernel is run."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.database import DirectoryBasedExampleDatabase, InMemoryExampleDatabase
+
+from kernelfuzz.fuzz import events, search
+from kernelfuzz.fuzz.targets import get_target
+from kernelfuzz.fuzz.verdict import Failure, Verdict
+from kernelfuzz.strategies.errors import KernelfuzzError
+
+BGMV = get_target("bgmv")
+WRONG = Failure("wrong_value", "output", "product", "wrong")
+RAISED = Failure("raised", "", "ValueError_in_launch", "ValueError")
+PREFIX = "bgmv.engine_kernels-right."
+WRONG_NAME, RAISED_NAME = PREFIX + "wrong_value.output.product", PREFIX + "raised.ValueError_in_launch"
+
+
+def rank(case):
+    return case.rows if case.op == "shrink" else case.width
+
+
+def wrong_above_rank_8(case):
+    return Verdict((WRONG,) if rank(case) > 8 else ())
+
+
+def two_bugs(case):
+    """Wrong above rank 8; raises from 4 tokens on."""
+    return Verdict((*((WRONG,) if rank(case) > 8 else ()), *((RAISED,) if case.size >= 4 else ())))
+
+
+class Run:
+    """One search and everything that was seen of it."""
+
+    def __init__(self, job, judge, limit=None, deadline=None):
+        self.cases = []
+        self.events = []
+        self.judge = judge
+        self.search = search.Search(job, self._run_case, events.Bus([self.events.append]), limit, deadline)
+
+    def _run_case(self, case):
+        self.cases.append(case)
+        return self.judge(case)
+
+    def __call__(self, strategy=None, seed=1, database=None, small=None):
+        if strategy is None:
+            strategy = BGMV.cases()
+        self.search.run(strategy, seed, InMemoryExampleDatabase() if database is None else database, small)
+        return self
+
+    @property
+    def found(self):
+        return [event for event in self.events if isinstance(event, events.FailureFound)]
+
+    @property
+    def shrunk(self):
+        return {event.fingerprint: event.case for event in self.found if event.shrunk}
+
+
+@pytest.fixture
+def run(engine_job):
+    def make(judge, limit=None, deadline=None):
+        return Run(engine_job("right"), judge, limit, deadline)
+
+    return make
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that the search sees; nothing but a test moves it."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    return now
+
+
+def passes(case):
+    return Verdict()
+
+
+# What is found.
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bug_is_found_and_shrunk_to_its_minimum(run, seed):
+    done = run(wrong_above_rank_8, limit=100)(seed=seed)
+    first, last = done.found
+    assert (first.fingerprint, first.shrunk) == (last.fingerprint, not last.shrunk) == (WRONG_NAME, False)
+    assert (rank(last.case), last.case.size, last.case.seed) == (9, 1, 0)
+    assert first.failure == last.failure == WRONG
+    assert first.examples == last.examples <= 100
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_search_goes_on_to_the_second_bug(run, seed):
+    done = run(two_bugs, limit=150)(seed=seed)
+    assert len(done.found) == 4
+    assert {event.fingerprint for event in done.found} == {WRONG_NAME, RAISED_NAME}
+    wrong, raised = done.shrunk[WRONG_NAME], done.shrunk[RAISED_NAME]
+    assert (rank(wrong), wrong.size) == (9, 1)
+    assert (rank(raised), raised.size) == (1, 4)
+
+
+def test_two_failures_of_one_case_are_two_bugs(run):
+    both = Verdict((RAISED, WRONG))
+    done = run(lambda case: both if rank(case) > 8 else Verdict(), limit=100)()
+    assert set(done.shrunk) == {WRONG_NAME, RAISED_NAME}
+    assert {rank(case) for case in done.shrunk.values()} == {9}
+
+
+def test_shrinking_does_not_slip_from_one_bug_to_another(run):
+    """Every case below rank 9 fails too, in another way."""
+    done = run(lambda case: Verdict((WRONG if rank(case) > 8 else RAISED,)), limit=100)()
+    assert rank(done.shrunk[WRONG_NAME]) == 9
+    assert rank(done.shrunk[RAISED_NAME]) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kernel_that_fails_now_and_then_is_reported_once(run, seed):
+    chance = random.Random(seed)
+    failed = set()
+
+    def flaky(case):
+        if chance.random() < 0.3:
+            failed.add(case)
+        return Verdict((WRONG,) if case in failed else ())
+
+    done = run(flaky, limit=100)(seed=seed)
+    first, last = done.found
+    assert (first.shrunk, last.shrunk) == (False, True)
+    assert {first.case, last.case} <= failed
+    assert done.search.examples == 100
+
+
+def test_failure_left_with_many_tokens_is_looked_for_among_small_cases(run):
+    """Shrinking tokens alone ends at five; only a larger rank allows fewer."""
+    needs_tokens_or_rank = lambda case: Verdict((WRONG,) if case.size >= 5 or rank(case) > 60 else ())  # noqa: E731
+    strategy = BGMV.cases(max_rank=8)
+    assert run(needs_tokens_or_rank, limit=50)(strategy).shrunk[WRONG_NAME].size == 5
+    small = BGMV.cases(max_segments=2, max_length=2)
+    done = run(needs_tokens_or_rank, limit=50)(strategy, small=small)
+    assert (done.shrunk[WRONG_NAME].size, rank(done.shrunk[WRONG_NAME])) == (1, 61)
+    assert done.search.examples == 50, "the small cases are part of shrinking"
+
+
+# What is emitted.
+
+
+def test_every_launch_is_emitted_with_its_regimes(run):
+    done = run(two_bugs, limit=60)()
+    finished = [event for event in done.events if isinstance(event, events.CaseFinished)]
+    assert [event.regimes for event in finished] == [BGMV.regimes(case) for case in done.cases]
+    assert [event.verdict for event in finished] == [two_bugs(case) for case in done.cases]
+    assert any(event.shrinking for event in finished)
+    assert len([event for event in finished if not event.shrinking]) <= 60
+    counts = [event.examples for event in finished]
+    assert counts == sorted(counts)
+
+
+# When it ends.
+
+
+@pytest.mark.parametrize("limit", [1, 2, 50])
+@pytest.mark.parametrize("judge", [passes, two_bugs, lambda case: Verdict(rejected="not offered")])
+def test_budget_of_examples_is_kept_exactly(run, judge, limit):
+    done = run(judge, limit=limit)()
+    assert done.search.examples == limit
+    tried = [event for event in done.events if isinstance(event, events.CaseFinished) and not event.shrinking]
+    assert len(tried) <= limit
+
+
+def test_kernel_that_rejects_most_cases_gets_no_more_examples(run):
+    done = run(lambda case: Verdict(rejected="" if rank(case) == 1 else "not offered"), limit=40)()
+    assert done.search.examples == 40
+    assert done.found == []
+
+
+def test_budget_of_examples_spans_rounds(run, monkeypatch):
+    monkeypatch.setattr(search, "ROUND_EXAMPLES", 20)
+    done = run(wrong_above_rank_8, limit=70)()
+    assert done.search.examples == 70
+    assert len(done.found) == 2
+
+
+def test_strategy_with_a_few_cases_ends_too(run, shrink_case):
+    done = run(passes, limit=30)(st.sampled_from([shrink_case(1), shrink_case(2)]))
+    assert set(done.cases) == {shrink_case(1), shrink_case(2)}
+    assert done.search.examples == 30
+
+
+def test_budget_of_time_ends_the_search(run, clock):
+    def takes_a_second(case):
+        clock.seconds += 1.0
+        return Verdict()
+
+    done = run(takes_a_second, deadline=25.0)()
+    assert len(done.cases) == 25
+    assert done.found == []
+
+
+def test_spent_time_runs_nothing(run, clock):
+    assert run(passes, deadline=0.0)().cases == []
+
+
+def test_failure_found_at_the_last_moment_is_still_shrunk(run, clock):
+    def takes_a_second(case):
+        clock.seconds += 1.0
+        return wrong_above_rank_8(case)
+
+    finder = run(takes_a_second, deadline=100.0)()
+    when = next(i for i, case in enumerate(finder.cases) if rank(case) > 8)
+    clock.seconds = 0.0
+    done = run(takes_a_second, deadline=when + 1.0)()
+    assert rank(done.shrunk[WRONG_NAME]) == 9
+    assert done.search.examples <= when + 1
+
+
+def test_shrinking_past_its_deadline_keeps_the_smallest_so_far(run, clock, monkeypatch, shrink_case):
+    monkeypatch.setattr(search, "SHRINK_SECONDS", 3.0)
+
+    def takes_a_second(case):
+        clock.seconds += 1.0
+        return wrong_above_rank_8(case)
+
+    ranks = st.integers(1, 10**6).map(shrink_case)
+    done = run(takes_a_second, deadline=1.0)(ranks, seed=3)
+    while not done.found:  # the one example that the time allows may pass
+        clock.seconds = 0.0
+        done = run(takes_a_second, deadline=20.0)(ranks, seed=3)
+    failing = [rank(case) for case in done.cases if rank(case) > 8]
+    smallest = min(failing)
+    assert 9 < smallest < failing[0], "cut off half-way"
+    assert rank(done.shrunk[WRONG_NAME]) == smallest
+
+
+def test_interruption_keeps_what_was_found(run, shrink_case):
+    ranks = st.integers(1, 10**6).map(shrink_case)
+    whole = run(wrong_above_rank_8, limit=50)(ranks)
+    first = next(i for i, case in enumerate(whole.cases) if rank(case) > 8)
+    for after in range(first + 1, first + 8):
+        done = run(wrong_above_rank_8, limit=50)
+
+        def interrupted(case, done=done, after=after):
+            if len(done.cases) > after:
+                raise KeyboardInterrupt
+            return wrong_above_rank_8(case)
+
+        done.judge = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            done(ranks)
+        assert len(done.cases) == after + 1
+        failing = [case for case in done.cases[:-1] if rank(case) > 8]
+        assert [event.case for event in done.found] == [failing[0], min(failing, key=rank)]
+
+
+def test_interruption_before_anything_was_found(run):
+    def interrupted(case):
+        raise KeyboardInterrupt
+
+    done = run(interrupted, limit=50)
+    with pytest.raises(KeyboardInterrupt):
+        done()
+    assert (len(done.cases), done.found) == (1, [])
+
+
+def test_kernel_that_cannot_be_loaded_again_ends_the_search_at_once(run):
+    """Nothing is shrunk: it says nothing of the case."""
+    done = run(two_bugs, limit=50)
+
+    def breaks_down(case):
+        if done.shrunk:
+            raise KernelfuzzError("the worker died while it loaded the kernel")
+        return two_bugs(case)
+
+    done.judge = breaks_down
+    database = InMemoryExampleDatabase()
+    with pytest.raises(KernelfuzzError, match="the worker died while it loaded"):
+        done(database=database)
+    assert len(done.shrunk) == 1
+    launched = [event for event in done.events if isinstance(event, events.CaseFinished)]
+    assert len(done.cases) == len(launched) + 1
+
+
+# What a seed and a database decide.
+
+
+@pytest.mark.parametrize("judge", [passes, two_bugs])
+def test_same_seed_same_cases_and_events(run, judge):
+    first, second = run(judge, limit=80)(seed=5), run(judge, limit=80)(seed=5)
+    assert first.cases == second.cases
+    assert first.events == second.events
+    assert run(judge, limit=80)(seed=6).cases != first.cases
+
+
+def test_order_of_files_in_the_database_decides_nothing(run, tmp_path):
+    """A second search draws at random among what the first one saved."""
+    folder = tmp_path / "examples"
+    run(two_bugs, limit=80)(seed=5, database=DirectoryBasedExampleDatabase(folder))
+    saved = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    runs = []
+    for number, reverse in enumerate((False, True)):
+        for path, content in sorted(saved.items(), reverse=reverse):
+            copy = tmp_path / str(number) / path
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(content)
+        database = DirectoryBasedExampleDatabase(tmp_path / str(number))
+        runs.append(run(two_bugs, limit=30)(seed=6, database=database).cases)
+    assert runs[0] == runs[1]
+
+
+def test_saved_failures_are_tried_first(run, tmp_path):
+    """Both of them, and a second search deletes neither."""
+    saved = run(two_bugs, limit=150)(seed=1, database=DirectoryBasedExampleDatabase(tmp_path)).shrunk
+    assert len(saved) == 2
+    for seed in (2, 3):
+        done = run(two_bugs, limit=20)(seed=seed, database=DirectoryBasedExampleDatabase(tmp_path))
+        assert done.cases[0] in saved.values()
+        assert done.shrunk == saved
+        assert all(event.examples <= 3 for event in done.found)
+
+
+def test_failure_that_is_mended_is_forgotten(run):
+    database = InMemoryExampleDatabase()
+    run(wrong_above_rank_8, limit=100)(database=database)
+    assert any(database.data.values())
+    mended = run(passes, limit=300)(seed=2, database=database)
+    assert mended.found == []
+    assert not any(database.data.values())
+
+
+def test_right_kernel_leaves_nothing_in_the_database(run, clock):
+    database = InMemoryExampleDatabase()
+
+    def takes_a_second(case):
+        clock.seconds += 1.0
+        return Verdict()
+
+    run(takes_a_second, deadline=20.0)(database=database)
+    assert database.data == {}

@@ -1,8 +1,8 @@
 """Where a campaign's wall time goes: `make bench`, or `python benchmarks/harness_share.py [--seconds N]`.
 
-One line a kernel: examples a second, and the share of wall time in the kernel, in the oracle, and in everything else, which is the
-harness: drawing, the worker's connection, making inputs, comparing. Kernels are warmed up first, so that building and caching them
-does not count.
+One line a kernel: examples a second, and the share of wall time in the kernel, in the oracle, and in everything else,
+which is the harness: drawing, the worker's connection, making inputs, comparing. Kernels are warmed up first, so that
+building and caching them does not count.
 """
 
 import argparse

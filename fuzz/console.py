@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from kernelfuzz.fuzz.events import FailureFound
+from kernelfuzz.fuzz.events import Event, FailureFound, JobFinished, JobStarted
 from kernelfuzz.fuzz.summary import JobSummary, Summary
 from kernelfuzz.strategies.case import Case
 
@@ -26,9 +26,22 @@ class Display:
         self._console = console
         self._summary = summary
 
+    def __call__(self, event: Event) -> None:
+        """Say at once what was found, and without a terminal also which job begins and ends."""
+        match event:
+            case FailureFound(job, name, failure) if not event.shrunk:
+                self._say(f"{failure.kind} in {job} at example {event.examples:,}: {name}; shrinking", "bold red")
+            case JobStarted(job, version) if not self._console.is_terminal:
+                self._say(f"{job}: version {version}, started")
+            case JobFinished(job, examples) if not self._console.is_terminal:
+                self._say(f"{job}: {examples:,} examples, done")
+
+    def _say(self, text: str, style: str = "") -> None:
+        self._console.print(Text(text, style), soft_wrap=True)
+
     @contextmanager
     def live(self) -> Iterator[None]:
-        """Redraw the table twice a second; without a terminal, print nothing until the end."""
+        """Redraw the table twice a second; without a terminal the lines of `__call__` do."""
         if not self._console.is_terminal:
             yield
             return

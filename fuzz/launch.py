@@ -39,7 +39,8 @@ def judge(target: Target, kernel: Kernel, case: Case, device: torch.device) -> V
     watch = Stopwatch()
     buffers = Buffers(device, case.seed)
     inputs = target.make_inputs(case, device, buffers.allocate)
-    outputs = {name: buffers.output(name, spec) for name, spec in target.outputs(inputs).items()}
+    specs = target.outputs(inputs)
+    outputs = {name: buffers.output(name, spec) for name, spec in specs.items()}
     initial = buffers.freeze()
     watch.lap("inputs")
     expectation = target.expect(inputs, initial)
@@ -60,7 +61,9 @@ def judge(target: Target, kernel: Kernel, case: Case, device: torch.device) -> V
     worst = 0.0
     if not any(failure.kind in ("raised", "not_raised", "out_of_bounds") for failure in failures):
         for name, expected in expectation.outputs.items():
-            found, ratio = judge_output(name, outputs[name], initial[name], expected)
+            found, ratio = judge_output(
+                name, outputs[name], initial[name], expected, from_sentinel=specs[name].initial is None
+            )
             failures += found
             worst = max(worst, ratio)
     watch.lap("check")
@@ -84,7 +87,7 @@ def _launch(
     except Exception as error:
         if wanted is not None and wanted.text in str(error):
             return []
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        message = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
         return [Failure("raised", "", f"{type(error).__name__}_in_{_raising_function(error)}", message)]
     if wanted is not None:
         return [Failure("not_raised", "", wanted.clause, f"accepted what must be refused with {wanted.text!r}")]

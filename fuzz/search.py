@@ -140,6 +140,7 @@ class _Round:
         @hypothesis.settings(
             max_examples=size,
             deadline=None,
+            derandomize=False,  # whatever the profile of the surrounding tests says
             database=database,
             # Not Phase.target: climbing towards a worse err/bound takes Hypothesis 10 times as long as it saves.
             phases=(Phase.reuse, Phase.generate, Phase.shrink),

@@ -84,9 +84,13 @@ def judge_stray_write(write: StrayWrite) -> Failure:
 
 
 def judge_output(
-    name: str, actual: torch.Tensor, initial: torch.Tensor, expected: ExpectedOutput
+    name: str, actual: torch.Tensor, initial: torch.Tensor, expected: ExpectedOutput, *, from_sentinel: bool
 ) -> tuple[list[Failure], float]:
-    """Compare an output with its expectation; return its failures, one per clause and kind, and the worst ratio."""
+    """Compare an output with its expectation; return its failures, one per clause and kind, and the worst ratio.
+
+    An element that still holds its initial bits is unwritten if they were a sentinel. Where they were values to add to,
+    a contribution too small to change them looks the same, so it is a wrong value.
+    """
     must_write, must_keep = expected.mask("write"), expected.mask("keep")
     same_bits = _same_bits(actual, initial)
     canonical = actual if expected.groups is None else _in_group_order(actual, expected.groups)
@@ -96,7 +100,7 @@ def judge_output(
     wrong &= must_write
     worst = float(ratios[must_write].max()) if bool(must_write.any()) else 0.0
     # Inside a group an untouched element would be sorted to another's place, so it is looked for where it stands.
-    untouched = (wrong if expected.groups is None else must_write) & same_bits
+    untouched = (wrong if expected.groups is None else must_write) & same_bits & from_sentinel
     overwritten = must_keep & ~same_bits
 
     failures = []
@@ -110,7 +114,8 @@ def judge_output(
             if bool(hit.any()):
                 reference = initial if kind == "overwritten" else values
                 shown = actual if kind != "wrong_value" else canonical
-                failures.append(_failure(kind, name, clause.name, hit, shown, reference, ratios))
+                bounded = ratios if kind == "wrong_value" and expected.bound is not None else None
+                failures.append(_failure(kind, name, clause.name, hit, shown, reference, bounded))
     return failures, worst
 
 
@@ -121,14 +126,14 @@ def _failure(
     hit: torch.Tensor,
     actual: torch.Tensor,
     reference: torch.Tensor,
-    ratios: torch.Tensor,
+    ratios: torch.Tensor | None,
 ) -> Failure:
     indices = hit.nonzero()
     elements = []
     for index in indices[:SHOWN_ELEMENTS].tolist():
         at = tuple(index)
         element = {"index": index, "expected": _number(reference[at]), "actual": _number(actual[at])}
-        if kind == "wrong_value":
+        if ratios is not None:
             element["error_over_bound"] = _number(ratios[at])
         elements.append(element)
     what = {"overwritten": "changed but must be kept", "unwritten": "never written", "wrong_value": "wrong"}[kind]

@@ -14,7 +14,7 @@ from kernelfuzz.strategies import contents
 from kernelfuzz.strategies.adapters import ranks
 from kernelfuzz.strategies.batches import BASE, BATCH_REGIMES, Batch, batch_regimes, batches
 from kernelfuzz.strategies.case import Case as BaseCase
-from kernelfuzz.strategies.fused_moe_lora import DTYPES, Dtype
+from kernelfuzz.strategies.dtypes import DTYPES, Dtype
 from kernelfuzz.strategies.layouts import Allocate, plain_allocator
 from kernelfuzz.strategies.sizes import padded_widths, sizes
 
@@ -82,6 +82,10 @@ def cases(
     layer: tuple[Layer, ...] = LAYERS,
     op: tuple[Op, ...] = OPS,
     dtype: tuple[Dtype, ...] = DTYPES,
+    style: tuple[contents.Style, ...] = contents.STYLES,
+    float32_input: tuple[bool, ...] = (False, True),
+    float32_output: tuple[bool, ...] = (False, True),
+    max_adapters: int = 4,
     accumulating_shrink: tuple[bool, ...] = (False, True),
     max_rank: int = 144,
     max_hidden: int = 300,
@@ -96,7 +100,7 @@ def cases(
     """
     chosen_layer = draw(st.sampled_from(layer))
     chosen = draw(st.sampled_from(op))
-    num_adapters = draw(st.integers(1, 4))
+    num_adapters = draw(st.integers(1, max_adapters))
     shrink = chosen == "shrink"
     matching = shrink or chosen_layer == "operator"
     if matching and not (chosen_layer == "operator" and draw(st.integers(0, 9)) == 9):
@@ -105,9 +109,9 @@ def cases(
         rows, columns = draw(padded_widths(1, max_rank if shrink else max_columns))
     offset = slice_size = 0
     if chosen == "expand_slice":
-        slice_size = rows
+        slice_size = columns if chosen_layer == "operator" else rows
         offset = draw(st.integers(0, 9))
-        columns = offset + rows + draw(st.integers(-1 if chosen_layer == "operator" else 0, 9))
+        columns = offset + slice_size + draw(st.integers(-1 if chosen_layer == "operator" else 0, 9))
     return Case(
         seed=draw(contents.seeds()),
         layer=chosen_layer,
@@ -120,9 +124,9 @@ def cases(
         slice_offset=offset,
         slice_size=slice_size,
         dtype=draw(st.sampled_from(dtype)),
-        float32_input=draw(st.booleans()),
-        float32_output=(shrink and chosen_layer == "wrapper") or draw(st.booleans()),
-        contents=draw(contents.styles()),
+        float32_input=draw(st.sampled_from(float32_input)),
+        float32_output=(shrink and chosen_layer == "wrapper") or draw(st.sampled_from(float32_output)),
+        contents=draw(contents.styles(*style)),
         scale=draw(st.sampled_from((1.0, 0.5, -1.75, 0.0))) if shrink else 1.0,
         accumulate=draw(st.sampled_from(accumulating_shrink)) if shrink else draw(st.booleans()),
         weights_4d=draw(st.booleans()),
@@ -134,7 +138,8 @@ class Inputs:
     """The tensors of a case. B tokens, L adapters.
 
     - x: [B, width], the weights' dtype or float32; NaN in rows without adapter
-    - weights: [L, (1,) rows, width]; NaN for adapters that are not in the batch
+    - weights: [L, (1,) rows, width]; NaN for adapters that are not in the batch, and in
+      rows beyond the output's columns
     - indices: int64 [B], the adapter of each row or -1
     """
 
@@ -155,8 +160,10 @@ def make_inputs(case: Case, device: torch.device | str, allocate: Allocate | Non
     one = (1,) if case.weights_4d else ()
     weights = allocate("weights", (case.num_adapters, *one, case.rows, case.width), dtype)
     active = [adapter for adapter in case.batch.active() if adapter != BASE]
-    used = (len(active), *weights.shape[1:])
-    weights[active] = contents.values(used, dtype, case.contents, case.seed, "w", device, weights=True)
+    # Rows beyond the output's columns are cut off by the wrapper.
+    read = min(case.rows, case.columns)
+    used = (len(active), *one, read, case.width)
+    weights[active, ..., :read, :] = contents.values(used, dtype, case.contents, case.seed, "w", device, weights=True)
     return Inputs(case, x, weights, allocate("indices", adapters.shape, torch.int64).copy_(adapters))
 
 

@@ -19,8 +19,8 @@ Style = Literal["ones", "small_integers", "signed", "sparse", "wide", "cancellin
 - signed: uniform in (-1, 1), then rounded to the dtype
 - sparse: as signed, half of them zero
 - wide: signed values times 2^-12 to 2^3
-- cancelling: signed values plus a large one, up to 16, that neighbours in a row share: with opposite signs in
-  activations and the same sign in weights, so that it cancels out of their products' sum
+- cancelling: signed values plus large ones, 8 to 16; in activations the second half of a row takes back what the first
+  half has added, so that partial sums of products are large and whole sums are not
 - subnormal: small multiples of the dtype's smallest subnormal
 """
 
@@ -45,7 +45,7 @@ def hash_bits(seed: int, name: str, count: int, device: torch.device | str) -> t
     The finaliser of MurmurHash3 over an odd-multiplied index and a key from seed and name. 64-bit products wrap, which
     leaves their low 32 bits right on every device.
     """
-    key = zlib.crc32(name.encode(), seed & _MASK)
+    key = zlib.crc32(f"{seed}/{name}".encode())
     bits = torch.arange(1, count + 1, dtype=torch.int64, device=device).mul_(0x9E3779B1).add_(key).bitwise_and_(_MASK)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = bits.bitwise_xor_(bits >> shift).mul_(factor).bitwise_and_(_MASK)
@@ -85,22 +85,23 @@ def values(
             # Float16 would round these to zero, the negative ones to -0.0.
             result = torch.where(result.abs() < 2.0**-24, 0.0, result)
         elif style == "cancelling":
-            result += _shared_by_neighbours(shape, seed, name, device, alternating=not weights)
+            result += _large(shape, seed, name, device, taken_back=not weights).flatten()
     return result.to(dtype).view(shape)
 
 
-def _shared_by_neighbours(
-    shape: tuple[int, ...], seed: int, name: str, device: torch.device | str, *, alternating: bool
+def _large(
+    shape: tuple[int, ...], seed: int, name: str, device: torch.device | str, *, taken_back: bool
 ) -> torch.Tensor:
-    """Return a multiple of 1/8 up to 16, float64 [elements], for columns 2i and 2i + 1; 0 for a column left alone."""
-    index = torch.arange(math.prod(shape), device=device)
-    column = index % max(shape[-1], 1)
-    odd = column & 1
-    large = (hash_bits(seed, f"{name}/pair", index.numel(), device)[index - odd] >> 24) - 128
-    if alternating:
-        large = large * (1 - 2 * odd)
-    alone = (odd == 0) & (column == shape[-1] - 1)
-    return torch.where(alone, 0, large).to(torch.float64).mul_(2.0**-3)
+    """Return multiples of 1/8 in [8, 16), float64, the same in both halves of a row, but for the sign if `taken_back`.
+
+    The middle column of an odd row is 0.
+    """
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    half = columns // 2
+    bits = hash_bits(seed, f"{name}/large", rows * half, device).view(rows, half)
+    large = ((bits >> 26) + 64).to(torch.float64).mul_(2.0**-3)
+    middle = torch.zeros((rows, columns % 2), dtype=torch.float64, device=device)
+    return torch.cat([large, middle, -large if taken_back else large], dim=1)
 
 
 def routing_weights(shape: tuple[int, ...], seed: int, name: str, device: torch.device | str) -> torch.Tensor:

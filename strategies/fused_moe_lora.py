@@ -5,7 +5,7 @@ j.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 from hypothesis import strategies as st
@@ -15,12 +15,10 @@ from kernelfuzz.strategies.adapters import disabled_adapters, enabled_mask, lora
 from kernelfuzz.strategies.alignment import align_row, padded_capacity
 from kernelfuzz.strategies.batches import BATCH_REGIMES, Batch, batch_regimes, batches
 from kernelfuzz.strategies.case import Case as BaseCase
+from kernelfuzz.strategies.dtypes import DTYPES, Dtype
 from kernelfuzz.strategies.layouts import CONTIGUOUS, Allocate, Layout, layouts, plain_allocator
-from kernelfuzz.strategies.routing import Routing, routings
+from kernelfuzz.strategies.routing import InvalidIds, Routing, routings
 from kernelfuzz.strategies.sizes import sizes
-
-Dtype = Literal["float16", "bfloat16"]
-DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 SMALL_BATCH_MAX_RANK = 64
 SMALL_BATCH_MAX_WORK = 1024
@@ -90,44 +88,59 @@ def cases(
     draw: st.DrawFn,
     *,
     dtype: tuple[Dtype, ...] = DTYPES,
+    style: tuple[contents.Style, ...] = contents.STYLES,
+    invalid_ids: tuple[InvalidIds, ...] = ("none", "minus_one"),
+    aligned: tuple[bool, ...] = (False, True),
+    block_size: tuple[int, ...] = (16, 32, 64),
+    fully_sharded: tuple[bool, ...] = (False, False, True),
+    mul_routed_weight: tuple[bool, ...] = (False, True),
     add_inputs: tuple[bool, ...] = (True, False),
+    compute_units: tuple[int, ...] = (1, 8, 132),
+    input_layout: st.SearchStrategy[Layout] | None = None,
+    max_adapters: int = 4,
+    max_experts: int = 6,
+    max_top_k: int = 3,
+    max_slices: int = 2,
     max_rank: int = 144,
     max_hidden: int = 288,
     max_columns: int = 272,
     max_segments: int = 4,
     max_length: int = 8,
 ) -> Case:
-    """Draw a case. The simplest has one token; every argument narrows a dimension."""
-    num_adapters = draw(st.integers(1, 4))
+    """Draw a case. The simplest has one token.
+
+    Every argument narrows a dimension: a tuple holds what may be drawn, the simplest first, and max_... is the largest.
+    """
+    num_adapters = draw(st.integers(1, max_adapters))
     rank = draw(ranks(maximum=max_rank))
-    fully_sharded = draw(st.sampled_from((False, False, True)))
-    two_kernel = fully_sharded or rank > ONE_SHOT_MAX_RANK
+    sharded = draw(st.sampled_from(fully_sharded))
+    two_kernel = sharded or rank > ONE_SHOT_MAX_RANK
     return Case(
         seed=draw(contents.seeds()),
         batch=draw(batches(num_adapters, max_segments=max_segments, max_length=max_length, beyond=1)),
         num_adapters=num_adapters,
         disabled=draw(disabled_adapters(num_adapters)),
-        num_experts=draw(st.integers(1, 6)),
-        top_k=draw(st.integers(1, 3)),
-        routing=draw(routings(invalid=("none", "minus_one"))),
+        num_experts=draw(st.integers(1, max_experts)),
+        top_k=draw(st.integers(1, max_top_k)),
+        routing=draw(routings(invalid=invalid_ids)),
         hidden=draw(sizes(1, max_hidden, around=(64, 128, 256))),
         rank=rank,
         columns=draw(sizes(1, max_columns, around=(64, 128, 256))),
-        slices=draw(st.integers(1, 2)),
+        slices=draw(st.integers(1, max_slices)),
         dtype=draw(st.sampled_from(dtype)),
-        contents=draw(contents.styles()),
-        aligned=draw(st.booleans()),
-        block_size=draw(st.sampled_from((16, 32, 64))),
-        fully_sharded=fully_sharded,
-        mul_routed_weight=draw(st.booleans()),
+        contents=draw(contents.styles(*style)),
+        aligned=draw(st.sampled_from(aligned)),
+        block_size=draw(st.sampled_from(block_size)),
+        fully_sharded=sharded,
+        mul_routed_weight=draw(st.sampled_from(mul_routed_weight)),
         add_inputs=draw(st.sampled_from(add_inputs)),
         descending_ids=draw(st.booleans()),
         visit_all=draw(st.booleans()),
-        column_offset=draw(st.integers(0, 9)) if fully_sharded else 0,
-        compute_units=draw(st.sampled_from((1, 8, 132))),
+        column_offset=draw(st.integers(0, 9)) if sharded else 0,
+        compute_units=draw(st.sampled_from(compute_units)),
         shrink=draw(_tiles((32, 64), split=two_kernel)),
         expand=draw(_tiles((64, 128), split=False)),
-        input_layout=draw(layouts()),
+        input_layout=draw(layouts() if input_layout is None else input_layout),
         output_gap=draw(st.integers(0, 5)),
     )
 
@@ -191,8 +204,8 @@ def make_inputs(case: Case, device: torch.device | str, allocate: Allocate | Non
     def place(name: str, tensor: torch.Tensor, layout: Layout = CONTIGUOUS) -> torch.Tensor:
         return allocate(name, tuple(tensor.shape), tensor.dtype, layout).copy_(tensor)
 
-    def values(name: str, *shape: int) -> torch.Tensor:
-        return contents.values(shape, dtype, case.contents, case.seed, name, device, weights=name != "x")
+    def values(name: str, *shape: int, style: contents.Style = case.contents, weights: bool = False) -> torch.Tensor:
+        return contents.values(shape, dtype, style, case.seed, name, device, weights=weights)
 
     token_adapters = case.batch.token_adapters(device)
     topk_ids = case.routing.expert_ids(tokens, top_k, case.num_experts, case.seed, device)
@@ -203,12 +216,14 @@ def make_inputs(case: Case, device: torch.device | str, allocate: Allocate | Non
     x[rows_used] = values("x", rows_used.numel(), case.hidden)[rows_used]
 
     blocks = torch.unique((token_adapters[:, None] * case.num_experts + topk_ids)[served])
+    # The intermediate does not cancel any more: large weights of one sign would take it beyond float16.
+    b_style: contents.Style = "signed" if case.contents == "cancelling" else case.contents
     lora_a, lora_b = [], []
     for s in range(case.slices):
         a = allocate(f"lora_a[{s}]", (case.num_adapters, case.num_experts, case.rank, case.hidden), dtype)
         b = allocate(f"lora_b[{s}]", (case.num_adapters, case.num_experts, case.columns, case.rank), dtype)
-        a.flatten(0, 1)[blocks] = values(f"a/{s}", blocks.numel(), case.rank, case.hidden)
-        b.flatten(0, 1)[blocks] = values(f"b/{s}", blocks.numel(), case.columns, case.rank)
+        a.flatten(0, 1)[blocks] = values(f"a/{s}", blocks.numel(), case.rank, case.hidden, weights=True)
+        b.flatten(0, 1)[blocks] = values(f"b/{s}", blocks.numel(), case.columns, case.rank, style=b_style)
         lora_a.append(a)
         lora_b.append(b)
 

@@ -13,7 +13,7 @@ from kernelfuzz.strategies import contents
 from kernelfuzz.strategies.adapters import ranks
 from kernelfuzz.strategies.batches import BASE, BATCH_REGIMES, Batch, batch_regimes, batches
 from kernelfuzz.strategies.case import Case as BaseCase
-from kernelfuzz.strategies.fused_moe_lora import DTYPES, Dtype
+from kernelfuzz.strategies.dtypes import DTYPES, Dtype
 from kernelfuzz.strategies.layouts import CONTIGUOUS, Allocate, Layout, layouts, plain_allocator
 from kernelfuzz.strategies.sizes import sizes
 
@@ -63,6 +63,12 @@ def cases(
     *,
     op: tuple[Op, ...] = ("shrink", "expand"),
     dtype: tuple[Dtype, ...] = DTYPES,
+    style: tuple[contents.Style, ...] = contents.STYLES,
+    add_inputs: tuple[bool, ...] = (False, True),
+    float32_input: tuple[bool, ...] = (False, True),
+    split_k: tuple[int, ...] = (1, 2, 4),
+    max_adapters: int = 4,
+    max_slices: int = 3,
     max_rank: int = 144,
     max_hidden: int = 600,
     max_columns: int = 272,
@@ -70,12 +76,12 @@ def cases(
     max_length: int = 12,
 ) -> Case:
     """Draw a case. The simplest has one token; every argument narrows a dimension."""
-    num_adapters = draw(st.integers(1, 4))
+    num_adapters = draw(st.integers(1, max_adapters))
     chosen = draw(st.sampled_from(op))
     expand = chosen == "expand"
     width = sizes(1, max_columns, around=(64, 128, 256))
     equal_widths = draw(st.booleans())
-    slices = draw(st.integers(1, 3))
+    slices = draw(st.integers(1, max_slices))
     first = draw(width) if expand else 1
     widths = tuple(first if equal_widths or not expand else draw(width) for _ in range(slices))
     return Case(
@@ -87,17 +93,17 @@ def cases(
         rank=draw(ranks(maximum=max_rank)),
         widths=widths,
         dtype=draw(st.sampled_from(dtype)),
-        float32_input=expand and draw(st.booleans()),
-        contents=draw(contents.styles()),
+        float32_input=expand and draw(st.sampled_from(float32_input)),
+        contents=draw(contents.styles(*style)),
         scale=1.0 if expand else draw(st.sampled_from((1.0, 0.5, -1.75, 0.0))),
-        add_inputs=expand and draw(st.booleans()),
+        add_inputs=expand and draw(st.sampled_from(add_inputs)),
         column_offset=draw(st.integers(0, 9)) if expand else 0,
         column_tail=draw(st.integers(0, 9)) if expand else 0,
         weights_4d=draw(st.booleans()),
         visit_all=draw(st.booleans()),
         block_n=draw(st.sampled_from((64, 32))),
         block_k=draw(st.sampled_from((64, 32, 256))),
-        split_k=1 if expand else draw(st.sampled_from((1, 2, 4))),
+        split_k=1 if expand else draw(st.sampled_from(split_k)),
         input_layout=draw(layouts()),
     )
 

@@ -13,7 +13,7 @@ from kernelfuzz.strategies.alignment import padded_capacity
 from kernelfuzz.strategies.batches import BATCH_REGIMES, Batch, batch_regimes, batches
 from kernelfuzz.strategies.case import Case as BaseCase
 from kernelfuzz.strategies.layouts import Allocate, plain_allocator
-from kernelfuzz.strategies.routing import ExpertMapStyle, Routing, expert_map, routings
+from kernelfuzz.strategies.routing import ExpertMapStyle, InvalidIds, Routing, expert_map, routings
 from kernelfuzz.strategies.sizes import sizes
 
 IdsDtype = Literal["int32", "int64"]
@@ -70,16 +70,20 @@ def cases(
     max_experts: int = 160,
     max_segments: int = 6,
     max_length: int = 200,
-    block_sizes: tuple[int, ...] = (16, 1, 4, 32, 64, 7),
+    max_adapters: int = 4,
+    max_top_k: int = 8,
+    block_size: tuple[int, ...] = (16, 1, 4, 32, 64, 7),
+    invalid_ids: tuple[InvalidIds, ...] = ("none", "minus_one", "beyond", "both"),
     expert_maps: tuple[ExpertMapStyle, ...] = ("none", "identity", "holes", "reversed_holes"),
+    ids_dtype: tuple[IdsDtype, ...] = ("int32", "int64"),
     refusals: bool = True,
 ) -> Case:
     """Draw a case. The simplest has one token; arguments narrow dimensions, `refusals` allows calls that must be
     refused."""
-    num_adapters = draw(st.integers(1, 4))
+    num_adapters = draw(st.integers(1, max_adapters))
     refused = draw(st.sampled_from((None,) * 20 + ("block_size", "num_experts"))) if refusals else None
     num_experts = draw(sizes(1, max_experts, around=(SMALL_BATCH_EXPERTS,)))
-    block_size = draw(st.sampled_from(block_sizes))
+    legal_block_size = draw(st.sampled_from(block_size))
     return Case(
         seed=draw(contents.seeds()),
         batch=draw(batches(num_adapters, max_segments=max_segments, max_length=max_length, beyond=1)),
@@ -87,12 +91,12 @@ def cases(
         disabled=draw(disabled_adapters(num_adapters)),
         descending_ids=draw(st.booleans()),
         num_experts=TOO_MANY_EXPERTS if refused == "num_experts" else num_experts,
-        top_k=draw(st.integers(1, 8)),
-        routing=draw(routings()),
+        top_k=draw(st.integers(1, max_top_k)),
+        routing=draw(routings(invalid=invalid_ids)),
         expert_map=draw(st.sampled_from(expert_maps)),
-        block_size=draw(st.sampled_from((0, -1))) if refused == "block_size" else block_size,
+        block_size=draw(st.sampled_from((0, -1))) if refused == "block_size" else legal_block_size,
         rounded_capacity=draw(st.booleans()),
-        ids_dtype=draw(st.sampled_from(("int32", "int64"))),
+        ids_dtype=draw(st.sampled_from(ids_dtype)),
     )
 
 

@@ -61,7 +61,7 @@ def run(
 
     summary = Summary()
     display = Display(console, summary)
-    bus = events.Bus([summary, FailureFiles(out, seed), SummaryFile(out, summary)])
+    bus = events.Bus([summary, FailureFiles(out, seed), SummaryFile(out, summary), display])
     with display.live():
         run_campaign(jobs, skipped, budget, seed, out / "examples", bus)
     display.print_end(out)

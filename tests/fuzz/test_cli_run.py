@@ -108,10 +108,11 @@ def test_every_kernel_has_its_examples(summary):
         assert (result["examples"], result["rejected"], result["error"]) == (60, 0, "")
         assert result["seconds"] > 0
         assert set(result["spent"]) == {"inputs", "oracle", "kernel", "check"}
-        assert 0 < result["worst_ratio"] <= 1
+        assert 0 <= result["worst_ratio"] <= 1
         assert result["worst_ratio"] == max(result["worst_ratios"].values())
         assert all(0 < count <= 60 for count in result["regimes"].values())
         assert {"shrink", "expand", "expand_slice", "base_and_adapters"} <= set(result["regimes"])
+    assert summary["results"][0]["worst_ratio"] > 0
 
 
 def test_every_failure_is_found_once(summary):
@@ -199,7 +200,8 @@ def test_right_kernel_is_exit_status_0_and_leaves_a_summary(kernelfuzz, tmp_path
     out = tmp_path / "kernelfuzz-out"
     assert {path.name for path in out.iterdir()} == {"summary.json"}
     (result,) = as_json((out / "summary.json").read_text())["results"]
-    assert (result["examples"], result["cases"], result["failures"]) == (20, 20, [])
+    assert (result["examples"], result["failures"]) == (20, [])
+    assert 10 <= result["cases"] <= 20, "a case that is drawn twice is run once"
 
 
 def test_kernel_that_cannot_be_loaded_is_exit_status_2_and_the_others_run(kernelfuzz, tmp_path):
@@ -229,7 +231,9 @@ def test_examples_run_through_the_interpreter(kernelfuzz):
 def interrupt(kernel, folder, environment):
     """Send SIGINT to the process group once `kernel` hangs; return the exit status, stdout and stderr."""
     mark = folder / "mark"
-    command = ["-c", "from kernelfuzz.fuzz.cli import main; main()", "run", "bgmv", "--kernel", kernel]
+    # Python leaves SIGINT ignored where the tests themselves run in the background of a shell.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = ["-c", f"{start}; from kernelfuzz.fuzz.cli import main; main()", "run", "bgmv", "--kernel", kernel]
     with subprocess.Popen(
         [sys.executable, *command, "--examples", "100000", "--seed", "1", "--out", str(folder / "out")],
         cwd=folder,
@@ -303,7 +307,10 @@ def assert_one_line(outcome, *texts):
         (["lora_shrink_expand", "--kernel", "vllm@."], [". holds no vllm/ folder: give a checkout of vllm"]),
         (["bgmv", "--kernel", "example", "--device", "cuda:99"], ["device 'cuda:99': no "]),
         (["bgmv", "--kernel", "example", "--device", "tpu"], ["unknown device 'tpu': expected cpu, cuda"]),
-        (["bgmv", "--kernel", "example", "--device", "meta"], ["unknown device 'meta': expected one of cuda, xpu, cpu"]),
+        (
+            ["bgmv", "--kernel", "example", "--device", "meta"],
+            ["unknown device 'meta': expected one of cuda, xpu, cpu"],
+        ),
         (["bgmv", "--kernel", "example", "--device", "cuda:x"], ["unknown device 'cuda:x'"]),
         (["bgmv", "--kernel", "example", "--device", ""], ["unknown device ''"]),
         (["--examples", "0"], ["--examples 0: expected at least 1"]),
@@ -341,7 +348,10 @@ SAVED = {
     "other_schema": ('{"schema": 2, "target": "bgmv", "case": {}}', "has schema 2, this kernelfuzz reads schema 1"),
     "unknown_target": ('{"schema": 1, "target": "no_such", "case": {}}', "unknown target 'no_such'"),
     "no_target": ('{"schema": 1, "case": {}}', "unknown target 'None'"),
-    "no_fields": ('{"schema": 1, "target": "bgmv", "case": {}}', "fields of case missing or unknown: accumulate, batch"),
+    "no_fields": (
+        '{"schema": 1, "target": "bgmv", "case": {}}',
+        "fields of case missing or unknown: accumulate, batch",
+    ),
     "no_case": ('{"schema": 1, "target": "bgmv"}', "case is None, expected an object"),
 }
 
@@ -394,9 +404,7 @@ def test_out_that_may_not_be_written_is_one_line(kernelfuzz, tmp_path):
 
 def test_console_script_reports_without_a_traceback(tmp_path):
     script = Path(sys.executable).with_name("kernelfuzz")
-    done = subprocess.run(
-        [script, "run", "no_such_target"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([script, "run", "no_such_target"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: unknown target 'no_such_target'")
     assert done.stderr.count("\n") == 1

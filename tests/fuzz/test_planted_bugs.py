@@ -17,7 +17,7 @@ OPS = Path("vllm/lora/ops/triton_ops")
 
 @dataclass(frozen=True)
 class Plant:
-    """A replacement of `anchor` where it stands after `after` in a file of the release; the failure kinds it may show as."""
+    """A replacement of `anchor` after `after` in a file of the release, and the failure kinds it may show as."""
 
     name: str
     after: str

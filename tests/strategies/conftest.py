@@ -11,7 +11,13 @@ Value = TypeVar("Value")
 
 
 def _minimal(strategy: st.SearchStrategy[Value], condition: Callable[[Value], bool] = lambda _: True) -> Value:
-    settings = hypothesis.settings(max_examples=2000, derandomize=True, database=None, deadline=None)
+    settings = hypothesis.settings(
+        max_examples=2000,
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        derandomize=True,
+        database=None,
+        deadline=None,
+    )
     return hypothesis.find(strategy, condition, settings=settings)
 
 

@@ -199,7 +199,7 @@ def test_bgmv_narrowed(case):
         max_experts=8,
         max_segments=2,
         max_length=3,
-        block_sizes=(4, 7),
+        block_size=(4, 7),
         expert_maps=("holes",),
         refusals=False,
     )

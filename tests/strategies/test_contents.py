@@ -16,12 +16,12 @@ SHAPES = st.lists(st.integers(0, 7), min_size=1, max_size=3).map(tuple)
 # CRC-32 of values((3, 17), dtype, style, 7, "x", "cpu"), by style, for each of DTYPES.
 PINNED = {
     "ones": (0xF4A8C19A, 0x7ACC224E, 0xFE7D1C53),
-    "small_integers": (0xA7DB3BA2, 0x40F8FE21, 0x09557838),
-    "signed": (0xEEFD3F63, 0x91CB59D0, 0xD9B15CDA),
-    "sparse": (0xCA308FFB, 0x6FB65B8A, 0x337F1AF9),
-    "wide": (0x443A695A, 0x27C2BE2C, 0x101D6E09),
-    "cancelling": (0xC2A31901, 0x79BB9BFB, 0xF2262724),
-    "subnormal": (0xDE6D1B4A, 0xDE6D1B4A, 0x94CB3CE3),
+    "small_integers": (0xA5611551, 0xBC710B1D, 0xBD211FAA),
+    "signed": (0x75CA6BD3, 0x30AE0202, 0x163B6FE3),
+    "sparse": (0x350C0425, 0x4430749F, 0xC6A6F344),
+    "wide": (0x9AC11648, 0xA43345A8, 0xFD0AF61F),
+    "cancelling": (0x0C4BFFBF, 0xC69FAE9C, 0x20241756),
+    "subnormal": (0x511DFC95, 0x511DFC95, 0x6BBF7124),
 }
 
 
@@ -50,8 +50,8 @@ def test_every_style_is_drawn(drawn):
 
 
 def test_the_hash_is_pinned():
-    assert hash_bits(0, "x", 4, "cpu").tolist() == [1856975933, 2479086415, 968540574, 2464080683]
-    assert hash_bits(2**32 - 1, "w/0", 3, "cpu").tolist() == [1438677003, 4157020268, 2013329467]
+    assert hash_bits(0, "x", 4, "cpu").tolist() == [511537296, 3730030517, 3567747736, 1783193950]
+    assert hash_bits(2**32 - 1, "w/0", 3, "cpu").tolist() == [454431006, 2100073371, 2126599915]
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -60,8 +60,8 @@ def test_values_are_pinned(style):
 
 
 def test_weights_and_routing_weights_are_pinned():
-    assert crc32(values((3, 17), torch.float16, "cancelling", 7, "w", "cpu", weights=True)) == 0xAC524201
-    assert routing_weights((4,), 7, "weights", "cpu").tolist() == [0.5625, 0.78125, 0.87890625, 0.44921875]
+    assert crc32(values((3, 17), torch.float16, "cancelling", 7, "w", "cpu", weights=True)) == 0xC032DAC3
+    assert routing_weights((4,), 7, "weights", "cpu").tolist() == [0.16015625, 0.19140625, 0.93359375, 0.26953125]
 
 
 def test_some_values_are_as_the_docstring_computes_them():
@@ -128,12 +128,12 @@ class TestStyles:
 
     def test_cancelling(self, dtype):
         activations, weights = self.make("cancelling", dtype), self.make("cancelling", dtype, weights=True)
-        last = activations[:, -1]
-        assert last.abs().max() <= 1  # a column left alone
-        pairs = activations[:, :-1].unflatten(1, (-1, 2))
-        assert pairs.abs().max() > 15
-        assert pairs.sum(-1).abs().max() <= 2.2
-        assert (weights[:, :-2:2] - weights[:, 1:-1:2]).abs().max() <= 2.2
+        half = activations.shape[1] // 2
+        assert activations[:, half].abs().max() <= 1  # the middle of an odd row
+        assert activations[:, :half].min() >= 6.9
+        assert activations[:, :half].max() > 15
+        assert (activations[:, :half] + activations[:, -half:]).abs().max() <= 2.2
+        assert (weights[:, :half] - weights[:, -half:]).abs().max() <= 2.2
 
     def test_cancelling_products_cancel(self, dtype):
         x = values((20, 257), dtype, "cancelling", 5, "x", "cpu").double()

@@ -1,0 +1,134 @@
+"""The files that a campaign leaves: written whole or not at all, and read back."""
+
+import json
+
+import pytest
+import torch
+
+from kernelfuzz.fuzz import events
+from kernelfuzz.fuzz.files import FailureFiles, SummaryFile, read_case, write_json
+from kernelfuzz.fuzz.summary import Summary
+from kernelfuzz.fuzz.verdict import Failure, Verdict
+from kernelfuzz.strategies.case import to_json
+from kernelfuzz.strategies.errors import KernelfuzzError
+
+WRONG = Failure("wrong_value", "output", "product", "wrong", ({"index": [0, 1], "expected": 1.5, "actual": "nan"},))
+NAME = "bgmv.engine_kernels-right.wrong_value.output.product"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+def test_json_is_written_with_its_folders(tmp_path):
+    write_json(tmp_path / "a" / "b" / "file.json", {"x": [1, None]})
+    assert names(tmp_path) == ["a", "b", "file.json"]
+    assert json.loads((tmp_path / "a" / "b" / "file.json").read_text()) == {"x": [1, None]}
+
+
+@pytest.mark.parametrize("document", [{"x": object()}, {"x": float("nan")}])
+def test_json_that_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path, document):
+    write_json(tmp_path / "file.json", "old")
+    with pytest.raises((TypeError, ValueError)):
+        write_json(tmp_path / "file.json", document)
+    assert names(tmp_path) == ["file.json"]
+    assert json.loads((tmp_path / "file.json").read_text()) == "old"
+
+
+def test_old_file_is_whole_until_the_new_one_is(tmp_path):
+    """Half-way through writing, a reader still sees the old one."""
+    path = tmp_path / "file.json"
+    write_json(path, "old")
+    seen = []
+
+    class Peek(dict):
+        def items(self):
+            seen.append(json.loads(path.read_text()))
+            return super().items()
+
+    write_json(path, ["new", Peek(x=1)])
+    assert seen == ["old"]
+    assert json.loads(path.read_text()) == ["new", {"x": 1}]
+
+
+def test_files_can_be_read_by_whom_the_folder_is_for(tmp_path):
+    """Like any other new file, not by their owner alone."""
+    write_json(tmp_path / "file.json", 1)
+    (tmp_path / "other").touch()
+    assert (tmp_path / "file.json").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_case_is_read_back_as_it_was(tmp_path, shrink_case):
+    case = shrink_case(9, tokens=3)
+    write_json(tmp_path / "case.json", to_json(case))
+    assert read_case(tmp_path / "case.json") == case
+
+
+def test_case_file_that_is_none_is_named(tmp_path):
+    (tmp_path / "case.json").write_text("{")
+    with pytest.raises(KernelfuzzError, match=f"case file {tmp_path / 'case.json'} is not JSON"):
+        read_case(tmp_path / "case.json")
+
+
+def test_failure_is_saved_as_found_and_again_when_shrunk(tmp_path, engine_job, shrink_case):
+    files = FailureFiles(tmp_path, seed=3)
+    job = engine_job("right")
+    files(events.FailureFound(job, NAME, WRONG, shrink_case(100), 17))
+    folder = tmp_path / "failures" / NAME
+    failure = json.loads((folder / "failure.json").read_text())
+    assert failure.pop("environment")["torch"] == torch.__version__
+    assert failure == {
+        "schema": 1,
+        "fingerprint": NAME,
+        "target": "bgmv",
+        "kernel": "engine_kernels:right",
+        "device": "cpu",
+        "kind": "wrong_value",
+        "output": "output",
+        "clause": "product",
+        "message": "wrong",
+        "elements": [{"index": [0, 1], "expected": 1.5, "actual": "nan"}],
+        "shrunk": False,
+        "examples": 17,
+        "seed": 3,
+    }
+    assert read_case(folder / "case.json") == shrink_case(100)
+
+    files(events.FailureFound(job, NAME, WRONG, shrink_case(9), 17, shrunk=True))
+    assert json.loads((folder / "failure.json").read_text())["shrunk"] is True
+    assert read_case(folder / "case.json") == shrink_case(9)
+    assert names(folder) == ["case.json", "failure.json"]
+
+
+def test_other_events_write_nothing(tmp_path, engine_job):
+    summary, job = Summary(), engine_job("right")
+    bus = events.Bus([summary, FailureFiles(tmp_path, 3), SummaryFile(tmp_path, summary)])
+    bus.emit(events.CampaignStarted((job,), (), 3))
+    bus.emit(events.JobStarted(job, "user"))
+    bus.emit(events.CaseFinished(job, frozenset({"shrink"}), Verdict(ratio=0.5), 1, False))
+    bus.emit(events.JobFinished(job, 1))
+    assert names(tmp_path) == []
+
+
+def test_summary_is_written_at_the_end(tmp_path, engine_job, shrink_case):
+    summary, job = Summary(), engine_job("right")
+    bus = events.Bus([summary, SummaryFile(tmp_path, summary)])
+    bus.emit(events.CampaignStarted((job,), (), 3))
+    bus.emit(events.JobStarted(job, "user"))
+    bus.emit(events.CaseFinished(job, frozenset({"shrink"}), Verdict(ratio=0.5, seconds={"kernel": 0.25}), 1, False))
+    bus.emit(events.CaseFinished(job, frozenset({"expand"}), Verdict(rejected="not offered"), 2, False))
+    bus.emit(events.CaseFinished(job, frozenset({"shrink"}), Verdict((WRONG,), ratio=9.0), 3, False))
+    bus.emit(events.FailureFound(job, NAME, WRONG, shrink_case(100), 3))
+    bus.emit(events.CaseFinished(job, frozenset({"shrink"}), Verdict((WRONG,), ratio=9.0), 3, True))
+    bus.emit(events.FailureFound(job, NAME, WRONG, shrink_case(9), 3, shrunk=True))
+    bus.emit(events.JobFinished(job, 3))
+    bus.emit(events.CampaignFinished(interrupted=True))
+    document = json.loads((tmp_path / "summary.json").read_text())
+    assert (document["schema"], document["seed"], document["interrupted"]) == (1, 3, True)
+    (result,) = document["results"]
+    assert (result["examples"], result["cases"], result["rejected"]) == (3, 4, 1)
+    # Rejected cases and the shrinker's reach no regime; a failing case's ratio is no worst ratio.
+    assert result["regimes"] == {"shrink": 2}
+    assert (result["worst_ratio"], result["worst_ratios"]) == (0.5, {"shrink": 0.5})
+    assert result["spent"] == {"kernel": 0.25}
+    assert result["failures"] == [NAME]

@@ -1,0 +1,72 @@
+"""vLLM releases from their wheels' files: every one of them runs, the newest without a failure."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernelfuzz.fuzz import events
+from kernelfuzz.fuzz.campaign import Budget, run_campaign
+from kernelfuzz.fuzz.job import named_jobs
+from kernelfuzz.fuzz.summary import JobSummary, Summary
+from kernelfuzz.kernels import releases
+from kernelfuzz.strategies.errors import KernelfuzzError
+
+VERSIONS = ("0.19.1", "0.20.2", "0.21.0", "0.22.0", "0.24.0", "0.30.0", "0.33.0")
+EXAMPLES = 15
+
+BROKEN_BEFORE = {
+    # Up to 0.21 float16 operands are cast to bfloat16.
+    "fused_moe_lora.vllm.wrong_value.output.lora_delta",
+    # From 0.22 to 0.30 a rank above 64 or 128 is refused.
+    "fused_moe_lora.vllm.raised.AssertionError_in__run_fused_moe_lora_one_shot",
+    # Up to 0.24 shrink refuses a strided input.
+    "lora_shrink_expand.vllm.raised.AssertionError_in__lora_shrink",
+}
+"""What the older releases do against the newest one's contract."""
+
+
+def run(target: str, kernel: str, folder: Path, examples: int = EXAMPLES) -> JobSummary:
+    """Run a short campaign on a CPU; skip if the release has not been fetched."""
+    package, _, version = kernel.partition("@")
+    try:
+        releases.locate({"vllm-torch": "vllm"}.get(package, package), version)
+    except KernelfuzzError as error:
+        pytest.skip(str(error))
+    summary = Summary()
+    jobs = named_jobs([target], [kernel], torch.device("cpu"))
+    run_campaign(jobs, [], Budget(examples=examples), seed=3, database=folder, bus=events.Bus([summary]))
+    return summary.jobs[0]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("target", ["fused_moe_lora", "lora_shrink_expand"])
+def test_triton_kernels_of_every_release_run(target: str, version: str, tmp_path: Path) -> None:
+    done = run(target, f"vllm@{version}", tmp_path)
+    assert done.error == ""
+    assert done.examples == EXAMPLES
+    assert done.version == version
+    assert set(done.failures) <= (set() if version == releases.PINNED["vllm"] else BROKEN_BEFORE)
+
+
+def test_the_wrapper_of_0_19_1_refuses_a_padded_vocabulary(tmp_path: Path) -> None:
+    done = run("bgmv", "vllm@0.19.1", tmp_path, examples=200)
+    (found,) = done.failures.values()
+    assert found.failure.kind == "raised"
+    assert "must match slice_size" in found.failure.message
+    case = found.case
+    assert (case.op, case.size, case.width, case.rows, case.columns) == ("expand", 1, 1, 1, 2)
+
+
+@pytest.mark.parametrize("version", ["0.20.2", "0.33.0"])
+def test_the_wrapper_accepts_a_padded_vocabulary_since_0_20(version: str, tmp_path: Path) -> None:
+    done = run("bgmv", f"vllm@{version}", tmp_path, examples=200)
+    assert done.failures == {}
+    assert done.regimes["padded_columns"] > 0
+    assert done.regimes["truncated_weights"] > 0
+
+
+def test_the_newest_cpu_implementation_passes(tmp_path: Path) -> None:
+    done = run("bgmv", "vllm-torch@0.33.0", tmp_path, examples=200)
+    assert done.failures == {}
+    assert done.examples == 200

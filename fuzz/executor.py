@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -71,7 +72,8 @@ class Executor:
         self._connection: Connection = ours
         self._is_loaded = False
         request = {"target": self._job.target.name, "kernel": str(self._job.kernel), "device": str(self._job.device)}
-        self._connection.send_bytes(json.dumps(request).encode())
+        with suppress(ConnectionError):  # it died already, which `loaded` will say
+            self._connection.send_bytes(json.dumps(request).encode())
 
     def loaded(self) -> LoadedKernel:
         """Wait until the kernel is loaded. Raises KernelfuzzError if it cannot be, with the worker's reason."""

@@ -29,8 +29,8 @@ holds."""
 SMALL_SIZE = 4
 """Tokens of a shrunk case that a person takes in at once."""
 
-SMALL_EXAMPLES = 300
-"""Small cases that are tried for a failure whose shrunk case has more tokens."""
+SECOND_TRY_EXAMPLES = 300
+"""Cases that are tried for a failure that is still large, or that was seen but not shrunk."""
 
 
 class Search:
@@ -53,7 +53,8 @@ class Search:
         self.limit = limit
         self.deadline = deadline
         self.examples = 0
-        self.reported: set[str] = set()
+        self.reported: dict[str, int] = {}
+        """Every fingerprint that was seen, and the number of examples at that time."""
 
     def run(
         self,
@@ -67,43 +68,51 @@ class Search:
         Failures that an earlier search saved in `database` are tried first.
 
         The shrinker walks downhill only: where a bug needs either many tokens or a large rank, it stays with what it
-        came from. So a failure that is left with many tokens is looked for once more among the cases of `small`.
+        came from. So a failure that is left with many tokens is looked for once more among the cases of `small`. In the
+        end so is one that was seen while another one was shrunk, and never again.
         """
         finished: set[str] = set()
         saved = _SavedExamples(database)
         number = 0
         while not self.budget_spent():
             before = self.examples
-            found = self._find(strategy, derive_seed(seed, number), saved, small, frozenset(finished))
-            if found is not None:
+            first = _Round(self, frozenset(finished))
+            self._find(first, strategy, derive_seed(seed, number), self._round_size(), saved, small)
+            if first.focus is not None:
                 saved.keep = True
-                finished.add(found)
+                finished.add(first.focus)
             elif self.examples == before:
                 break
+            number += 1
+        while unshrunk := self.reported.keys() - finished:
+            first = _Round(self, frozenset(finished), min(unshrunk))
+            self._find(first, strategy, derive_seed(seed, number), SECOND_TRY_EXAMPLES, saved, small)
+            finished.add(min(unshrunk))
             number += 1
 
     def _find(
         self,
+        first: "_Round",
         strategy: st.SearchStrategy[Case],
         seed: int,
+        size: int,
         database: ExampleDatabase,
         small: st.SearchStrategy[Case] | None,
-        finished: frozenset[str],
-    ) -> str | None:
-        """Run a round, look among small cases too, emit the smallest failing case and return its fingerprint."""
-        first = _Round(self, finished)
+    ) -> None:
+        """Run a round, look for its focus among small cases too, and emit the smallest failing case."""
         rounds = [first]
         try:
-            first.run(strategy, seed, self._round_size(), database)
-            if small is not None and first.smallest is not None and first.smallest[1].size > SMALL_SIZE:
-                rounds.append(_Round(self, finished, first.focus))
-                rounds[1].run(small, seed, SMALL_EXAMPLES, None)
+            first.run(strategy, seed, size, database)
+            is_small = first.smallest is not None and first.smallest[1].size <= SMALL_SIZE
+            if small is not None and first.focus is not None and not is_small:
+                rounds.append(_Round(self, first.finished, first.focus))
+                rounds[1].run(small, seed, SECOND_TRY_EXAMPLES, None)
         finally:
             found = [round_.smallest for round_ in rounds if round_.smallest is not None]
             if first.focus is not None and found:
                 failure, case = found[-1]
-                self.bus.emit(events.FailureFound(self.job, first.focus, failure, case, self.examples, shrunk=True))
-        return first.focus
+                seen = self.reported[first.focus]
+                self.bus.emit(events.FailureFound(self.job, first.focus, failure, case, seen, shrunk=True))
 
     def _round_size(self) -> int:
         return ROUND_EXAMPLES if self.limit is None else min(ROUND_EXAMPLES, self.limit - self.examples)
@@ -125,7 +134,7 @@ class _Round:
     def __init__(self, search: Search, finished: frozenset[str], focus: str | None = None) -> None:
         self.focus = focus
         self._search = search
-        self._finished = finished
+        self.finished = finished
         self._verdicts: dict[Case, Verdict] = {}
         # What failed last with the focus: Hypothesis ends a round by running the smallest case once more.
         self.smallest: tuple[Failure, Case] | None = None
@@ -169,10 +178,10 @@ class _Round:
             hypothesis.reject()
         for failure in verdict.failures:
             name = fingerprint(self._search.job, failure)
-            if name in self._finished:
+            if name in self.finished:
                 continue
             if name not in self._search.reported:
-                self._search.reported.add(name)
+                self._search.reported[name] = self._search.examples
                 self._search.bus.emit(events.FailureFound(self._search.job, name, failure, case, self._search.examples))
             if self.focus is None:
                 self.focus = name

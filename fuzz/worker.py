@@ -25,8 +25,9 @@ from kernelfuzz.strategies.errors import KernelfuzzError
 
 def main() -> None:
     """Serve the connection whose file descriptor is the first argument."""
-    # Ctrl-C reaches the whole process group; the parent decides, and closes the connection.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # These reach the whole process group; the parent decides, and closes the connection.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     descriptor = int(sys.argv[1])
     threading.Thread(target=_end_with_the_other_side, args=(descriptor,), daemon=True).start()
     serve(Connection(descriptor))

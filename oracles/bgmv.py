@@ -16,6 +16,7 @@ from kernelfuzz.oracles.expectation import (
     OutputSpecs,
 )
 from kernelfuzz.strategies import contents
+from kernelfuzz.strategies.batches import BASE
 from kernelfuzz.strategies.bgmv import Inputs
 
 CLAUSES = (
@@ -48,33 +49,39 @@ def expect(inputs: Inputs, initial: dict[str, torch.Tensor]) -> Expectation:
     if case.refusal is not None:
         return Expectation(error=ExpectedError("shapes_are_checked", case.refusal))
     before = initial["output"]
-    tokens = (inputs.indices >= 0).nonzero().flatten()
-    size = case.written_size
-    columns = slice(case.slice_offset, case.slice_offset + size)
-
-    x = rounding.exact(inputs.x[tokens])
-    if case.float32_input:
-        x = rounding.cast(x, inputs.weights.dtype)
-    overflow = x.may_overflow(inputs.weights.dtype).any(1, keepdim=True)
-    weights = inputs.weights.squeeze(1) if case.weights_4d else inputs.weights
-    product = rounding.dot("bk,bnk->bn", x, rounding.exact(weights[inputs.indices[tokens], :size]), case.width)
-    if case.op == "shrink":
-        scale = torch.tensor(case.scale, dtype=torch.float32, device=before.device)
-        product = rounding.multiply(product, rounding.exact(scale))
-    product = rounding.cast(product, before.dtype)
-    overflow = overflow | product.may_overflow(before.dtype)
-    if case.accumulate:
-        total = rounding.add(rounding.exact(before[tokens, columns]), product)
-        product = rounding.cast(total, before.dtype)
-        overflow = overflow | product.may_overflow(before.dtype)
-
     values = torch.zeros(before.shape, dtype=torch.float64, device=before.device)
     bound = torch.zeros_like(values)
     region = torch.full(before.shape, _OUTSIDE, dtype=torch.uint8, device=before.device)
     # A shrink that starts from zeros may write zeros, of either sign.
     starts_from_zeros = case.op == "shrink" and not case.accumulate
     region[inputs.indices < 0] = _ZERO if starts_from_zeros else _NO_ADAPTER
-    values[tokens, columns] = product.value
-    bound[tokens, columns] = product.error
-    region[tokens, columns] = torch.where(overflow, _OVERFLOW, _PRODUCT).to(torch.uint8)
+    columns = slice(case.slice_offset, case.slice_offset + case.written_size)
+    for adapter in set(case.batch.active()) - {BASE}:
+        tokens = (inputs.indices == adapter).nonzero().flatten()
+        product, overflow = _product(inputs, adapter, tokens, before[tokens, columns])
+        values[tokens, columns] = product.value
+        bound[tokens, columns] = product.error
+        region[tokens, columns] = torch.where(overflow, _OVERFLOW, _PRODUCT).to(torch.uint8)
     return Expectation({"output": ExpectedOutput(CLAUSES, region, values, bound)})
+
+
+def _product(
+    inputs: Inputs, adapter: int, tokens: torch.Tensor, before: torch.Tensor
+) -> tuple[rounding.Approximation, torch.Tensor]:
+    """Return what the rows of one adapter must hold, [tokens, columns], and where a step may overflow."""
+    case = inputs.case
+    x = rounding.exact(inputs.x[tokens])
+    if case.float32_input:
+        x = rounding.cast(x, inputs.weights.dtype)
+    overflow = x.may_overflow(inputs.weights.dtype).any(1, keepdim=True)
+    weights = inputs.weights[adapter].view(case.rows, case.width)[: case.written_size]
+    product = rounding.dot("bk,nk->bn", x, rounding.exact(weights), case.width)
+    if case.op == "shrink":
+        scale = torch.tensor(case.scale, dtype=torch.float32, device=before.device)
+        product = rounding.multiply(product, rounding.exact(scale))
+    product = rounding.cast(product, before.dtype)
+    overflow = overflow | product.may_overflow(before.dtype)
+    if case.accumulate:
+        product = rounding.cast(rounding.add(rounding.exact(before), product), before.dtype)
+        overflow = overflow | product.may_overflow(before.dtype)
+    return product, overflow

@@ -1,5 +1,7 @@
 """Adapters: which are disabled, how many entries of `lora_ids` are visited, and their order."""
 
+import functools
+
 import torch
 from hypothesis import strategies as st
 
@@ -7,6 +9,7 @@ from kernelfuzz.strategies.batches import Batch
 from kernelfuzz.strategies.sizes import sizes
 
 
+@functools.cache
 def disabled_adapters(num_adapters: int) -> st.SearchStrategy[tuple[int, ...]]:
     """Draw the ids of adapters that are switched off; the simplest draw disables none."""
     return st.lists(st.integers(0, num_adapters - 1), max_size=2, unique=True).map(lambda ids: tuple(sorted(ids)))
@@ -36,6 +39,7 @@ def lora_ids(num_adapters: int, batch: Batch, descending: bool = False) -> torch
     return ids
 
 
+@functools.cache
 def ranks(*, maximum: int = 144) -> st.SearchStrategy[int]:
     """Draw a LoRA rank from 1: small ones, and both sides of 16, 64 and 128, where kernels change path or block."""
     return sizes(1, maximum, around=(16, 64, 128))

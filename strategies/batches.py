@@ -1,5 +1,6 @@
 """Mixed base/LoRA batches, drawn as real batches are made: sequences of tokens that share an adapter."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,12 @@ class Batch:
         return adapters.repeat_interleave(lengths)
 
 
+@functools.cache  # a strategy that is made anew in every draw takes longer to make than to draw from
+def _segments(lowest: int, highest: int, max_length: int, max_segments: int) -> st.SearchStrategy[list[Segment]]:
+    segment = st.builds(Segment, adapter=st.integers(lowest, highest), length=st.integers(1, max_length))
+    return st.lists(segment, min_size=1, max_size=max_segments)
+
+
 @st.composite
 def batches(
     draw: st.DrawFn,
@@ -55,12 +62,7 @@ def batches(
     `empty` allows a batch without tokens. `base` allows tokens of the base model. `beyond` allows adapter ids up to
     num_adapters - 1 + beyond, which are out of range.
     """
-    segment = st.builds(
-        Segment,
-        adapter=st.integers(BASE if base else 0, num_adapters - 1 + beyond),
-        length=st.integers(1, max_length),
-    )
-    segments = draw(st.lists(segment, min_size=1, max_size=max_segments))
+    segments = draw(_segments(BASE if base else 0, num_adapters - 1 + beyond, max_length, max_segments))
     # Drawn last and rarely, so that a failure which needs no token still shrinks to one: that is what a person would
     # write.
     if empty and draw(st.integers(0, 19)) == 19:

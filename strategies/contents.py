@@ -4,6 +4,7 @@ An element is an integer hash of (seed, tensor name, index) turned into a value 
 by powers of two, so that a case found on one device replays on another.
 """
 
+import functools
 import math
 import zlib
 from typing import Literal, get_args
@@ -29,11 +30,13 @@ STYLES: tuple[Style, ...] = get_args(Style)
 _MASK = 0xFFFFFFFF
 
 
+@functools.cache
 def styles(*only: Style) -> st.SearchStrategy[Style]:
     """Draw a content style, out of `only` if given; the earliest in `STYLES` is the simplest."""
     return st.sampled_from(only or STYLES)
 
 
+@functools.cache
 def seeds() -> st.SearchStrategy[int]:
     """Draw a content seed, a 32-bit integer; 0 is the simplest."""
     return st.integers(0, _MASK)

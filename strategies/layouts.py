@@ -1,5 +1,6 @@
 """How a tensor lies in memory: storage offset, gaps between rows, step between elements; and who allocates it."""
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +41,7 @@ class Layout:
 CONTIGUOUS = Layout()
 
 
+@functools.cache
 def layouts(*, max_offset: int = 3, max_row_gap: int = 5, max_step: int = 2) -> st.SearchStrategy[Layout]:
     """Draw a layout; the simplest is contiguous at offset 0.
 

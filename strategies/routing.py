@@ -1,5 +1,6 @@
 """Top-k routing and expert maps, as a style plus the content seed."""
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +58,7 @@ class Routing:
         return torch.where(bits % 4 == 0, wrong, ids)
 
 
+@functools.cache
 def routings(
     *, invalid: tuple[InvalidIds, ...] = ("none", "minus_one", "beyond", "both")
 ) -> st.SearchStrategy[Routing]:

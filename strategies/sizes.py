@@ -1,8 +1,11 @@
 """Sizes with tails: anywhere in a range, and close to the thresholds at which kernels change their path or block."""
 
+import functools
+
 from hypothesis import strategies as st
 
 
+@functools.cache
 @st.composite
 def sizes(draw: st.DrawFn, minimum: int, maximum: int, *, around: tuple[int, ...] = (), reach: int = 3) -> int:
     """Draw a size in [minimum, maximum], half of the time within `reach` of one of `around`.
@@ -16,6 +19,7 @@ def sizes(draw: st.DrawFn, minimum: int, maximum: int, *, around: tuple[int, ...
     return draw(st.integers(low, high))
 
 
+@functools.cache
 @st.composite
 def padded_widths(draw: st.DrawFn, minimum: int, maximum: int, *, padding: int = 9) -> tuple[int, int]:
     """Draw (weight rows, output columns) as a padded vocabulary makes them: equal, fewer rows, or more.

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -59,6 +60,9 @@ def run(
     _require_writable(out)
     seed = random.randrange(2**32) if seed is None else seed
 
+    # SIGTERM ends a run as Ctrl-C does, also where a shell started it in the background with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     summary = Summary()
     display = Display(console, summary)
     bus = events.Bus([summary, FailureFiles(out, seed), SummaryFile(out, summary), display])

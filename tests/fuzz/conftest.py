@@ -26,7 +26,8 @@ class Outcome(NamedTuple):
 @pytest.fixture(scope="session")
 def worker_environment() -> dict[str, str]:
     """The environment in which workers find `engine_kernels`."""
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 @pytest.fixture

@@ -217,7 +217,7 @@ def test_kernel_that_cannot_be_loaded_is_exit_status_2_and_the_others_run(kernel
 def test_examples_run_through_the_interpreter(kernelfuzz):
     """Two builds of one kernel in one campaign: a version is a bug, or none."""
     pytest.importorskip("triton", reason="Triton exists for Linux only")
-    options = ("--device", "cpu", "--examples", "40", "--seed", "1", "--json")
+    options = ("--device", "cpu", "--examples", "100", "--seed", "1", "--json")
     outcome = kernelfuzz("run", "bgmv", "--kernel", "example", "--kernel", "example@padded_vocab", *options)
     assert outcome.status == 1
     correct, buggy = as_json(outcome.out)["results"]
@@ -228,11 +228,13 @@ def test_examples_run_through_the_interpreter(kernelfuzz):
     )
 
 
-def interrupt(kernel, folder, environment):
-    """Send SIGINT to the process group once `kernel` hangs; return the exit status, stdout and stderr."""
+def interrupt(kernel, number, folder, environment):
+    """Send a signal to the process group once `kernel` hangs; return the exit status, stdout and stderr.
+
+    The process starts with SIGINT ignored, as a shell starts what it runs in the background.
+    """
     mark = folder / "mark"
-    # Python leaves SIGINT ignored where the tests themselves run in the background of a shell.
-    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
     command = ["-c", f"{start}; from kernelfuzz.fuzz.cli import main; main()", "run", "bgmv", "--kernel", kernel]
     with subprocess.Popen(
         [sys.executable, *command, "--examples", "100000", "--seed", "1", "--out", str(folder / "out")],
@@ -247,7 +249,7 @@ def interrupt(kernel, folder, environment):
             deadline = time.monotonic() + 60
             while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.02)
-            os.killpg(process.pid, signal.SIGINT)
+            os.killpg(process.pid, number)
             out, err = process.communicate(timeout=60)
         finally:
             if process.poll() is None:
@@ -258,7 +260,9 @@ def interrupt(kernel, folder, environment):
 
 
 def test_interruption_ends_with_a_summary(tmp_path, worker_environment):
-    status, out, err = interrupt("engine_kernels:right_and_then_never_ends", tmp_path, worker_environment)
+    status, out, err = interrupt(
+        "engine_kernels:right_and_then_never_ends", signal.SIGINT, tmp_path, worker_environment
+    )
     assert (status, err) == (130, "")
     assert "interrupted: this is what was done until then" in out
     assert "no failure in " in out
@@ -270,7 +274,9 @@ def test_interruption_ends_with_a_summary(tmp_path, worker_environment):
 
 
 def test_interruption_keeps_what_was_found(tmp_path, worker_environment):
-    status, out, err = interrupt("engine_kernels:wrong_and_then_never_ends", tmp_path, worker_environment)
+    status, out, err = interrupt(
+        "engine_kernels:wrong_and_then_never_ends", signal.SIGTERM, tmp_path, worker_environment
+    )
     assert (status, err) == (1, "")
     name = "bgmv.engine_kernels-wrong_and_then_never_ends.wrong_value.output.product"
     assert name in out

@@ -103,9 +103,25 @@ def test_search_goes_on_to_the_second_bug(run, seed):
     assert (rank(raised), raised.size) == (1, 4)
 
 
+def test_failure_that_was_seen_in_passing_is_shrunk_in_the_end(run, shrink_case):
+    """Ranks from 10 to 50 fail in a way that is met only while those above are shrunk."""
+
+    def judge(case):
+        return Verdict((RAISED,) if rank(case) > 50 else (WRONG,) if rank(case) >= 10 else ())
+
+    ranks = st.integers(1, 10**6).map(shrink_case)
+    done = run(judge, limit=3)(ranks, small=st.integers(1, 60).map(shrink_case))
+    assert {name: rank(case) for name, case in done.shrunk.items()} == {RAISED_NAME: 51, WRONG_NAME: 10}
+    assert len(done.found) == 4
+    assert done.search.examples == 3
+    for name in done.shrunk:
+        assert len({event.examples for event in done.found if event.fingerprint == name}) == 1, "when it was first seen"
+
+
 def test_two_failures_of_one_case_are_two_bugs(run):
     both = Verdict((RAISED, WRONG))
     done = run(lambda case: both if rank(case) > 8 else Verdict(), limit=100)()
+    assert len(done.found) == 4
     assert set(done.shrunk) == {WRONG_NAME, RAISED_NAME}
     assert {rank(case) for case in done.shrunk.values()} == {9}
 

@@ -1,6 +1,7 @@
 """What a person sees of a campaign: a live table, then the failures and a summary. A consumer of events."""
 
 import dataclasses
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kernelfuzz.fuzz.events import Event, FailureFound, JobFinished, JobStarted
+from kernelfuzz.fuzz.files import FailureFiles
 from kernelfuzz.fuzz.summary import JobSummary, Summary
 from kernelfuzz.strategies.case import Case
 
@@ -22,9 +24,10 @@ _STATE_STYLES = {"running": "bold cyan", "shrinking": "bold yellow", "done": "gr
 class Display:
     """Shows a campaign on a console while `live` is active."""
 
-    def __init__(self, console: Console, summary: Summary) -> None:
+    def __init__(self, console: Console, summary: Summary, files: FailureFiles) -> None:
         self._console = console
         self._summary = summary
+        self._files = files
 
     def __call__(self, event: Event) -> None:
         """Say at once what was found, and without a terminal also which job begins and ends."""
@@ -33,8 +36,8 @@ class Display:
                 self._say(f"{failure.kind} in {job} at example {event.examples:,}: {name}; shrinking", "bold red")
             case JobStarted(job, version) if not self._console.is_terminal:
                 self._say(f"{job}: version {version}, started")
-            case JobFinished(job, examples) if not self._console.is_terminal:
-                self._say(f"{job}: {examples:,} examples, done")
+            case JobFinished(job, examples, error) if not self._console.is_terminal:
+                self._say(f"{job}: {examples:,} examples, {'error' if error else 'done'}")
 
     def _say(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style), soft_wrap=True)
@@ -60,7 +63,7 @@ class Display:
             table.add_row(
                 what,
                 f"{entry.examples:,}",
-                f"{entry.cases / entry.seconds:,.0f}" if entry.seconds else "",
+                f"{entry.examples / entry.seconds:,.0f}" if entry.seconds else "",
                 f"{entry.worst_ratio:.3f}" if entry.worst_ratio else "",
                 Text(str(len(entry.failures)), style="bold red" if entry.failures else ""),
                 Text(entry.state, style=_STATE_STYLES.get(entry.state, "dim")),
@@ -79,22 +82,25 @@ class Display:
             console.print(f"[dim]skipped[/] {what}", soft_wrap=True)
         for entry in summary.jobs:
             for failure in entry.failures.values():
-                console.print(self._failure(entry, failure, folder), soft_wrap=True)
+                console.print(self._failure(entry, failure), soft_wrap=True)
         if summary.interrupted:
             console.print("[bold yellow]interrupted[/]: this is what was done until then")
         found = sum(len(entry.failures) for entry in summary.jobs)
         examples = sum(entry.examples for entry in summary.jobs)
-        verdict = f"[bold red]{found} failure(s)[/]" if found else "[bold green]no failure[/]"
+        verdict = "[bold red]not everything could be run[/]" if summary.broken else "[bold green]no failure[/]"
+        if found:
+            verdict = f"[bold red]{found} failure(s)[/]"
         console.print(
             f"{verdict} in {examples:,} examples; seed {summary.seed}; {escape(str(folder / 'summary.json'))}",
             soft_wrap=True,
         )
 
-    def _failure(self, entry: JobSummary, found: FailureFound, folder: Path) -> Group:
+    def _failure(self, entry: JobSummary, found: FailureFound) -> Group:
         failure = found.failure
         size = "smallest case found" if found.shrunk else "case as found, not shrunk"
-        path = folder / "failures" / found.fingerprint / "case.json"
-        again = f"kernelfuzz run {entry.job.target.name} --kernel {entry.job.kernel} --device {entry.job.device}"
+        job = entry.job
+        command = ["kernelfuzz", "run", job.target.name, "--kernel", str(job.kernel), "--device", str(job.device)]
+        command += ["--case", str(self._files.folder(found) / "case.json")]
         lines = [
             Text(),
             Text.assemble((f"{failure.kind}", "bold red"), "  ", (found.fingerprint, "bold")),
@@ -102,7 +108,7 @@ class Display:
             *element_lines(failure.elements),
             Text(f"  {size} (first seen at example {found.examples:,} of {entry.examples:,}):"),
             *case_lines(found.case),
-            Text.assemble("  see it again: ", (f"{again} --case {path}", "cyan")),
+            Text.assemble("  see it again: ", (shlex.join(command), "cyan")),
         ]
         return Group(*lines)
 

@@ -89,13 +89,18 @@ class Executor:
         return LoadedKernel(answer["version"], answer["dimensions"])
 
     def run(self, case: Case) -> Verdict:
-        """Run one case. A worker that dies or hangs is a failure of kind crash or hang."""
+        """Run one case. A worker that dies or hangs is a failure of kind crash or hang.
+
+        Raises KernelfuzzError for a case that the harness itself cannot judge.
+        """
         if not self._is_loaded:
             self._start()
             self.loaded()
         try:
             self._connection.send_bytes(json.dumps(to_json(case)).encode())
             answer = self._receive()
+            if "error" in answer:
+                raise KernelfuzzError(f"{self._job}: {answer['error']}")
             if not answer["usable"]:
                 self._stop()
             return Verdict.from_json(answer["verdict"])
@@ -126,7 +131,9 @@ class Executor:
     def _cause(self) -> str:
         """Return the signal or status that the worker ended with."""
         code = self._process.wait()
-        return signal.Signals(-code).name if code < 0 else f"exit_status_{code}"
+        if code >= 0:
+            return f"exit_status_{code}"
+        return signal.Signals(-code).name if -code in set(signal.Signals) else f"signal_{-code}"
 
     def _death(self) -> str:
         """Return how the worker ended and the last line that it wrote."""

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from kernelfuzz.fuzz.events import CampaignFinished, Event, FailureFound
+from kernelfuzz.fuzz.job import Job
+from kernelfuzz.fuzz.names import file_name
 from kernelfuzz.fuzz.summary import Summary, environment
 from kernelfuzz.fuzz.targets import get_target
 from kernelfuzz.strategies.case import Case, from_json, to_json
@@ -15,7 +17,17 @@ FAILURE_SCHEMA = 1
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
+    """Write a JSON file so that a reader sees the old one or the new one, never half of it.
+
+    Raises KernelfuzzError where it cannot be written.
+    """
+    try:
+        _replace(path, document)
+    except OSError as error:
+        raise KernelfuzzError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _replace(path: Path, document: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}")  # not a tempfile: those only their owner may read
     try:
@@ -33,10 +45,10 @@ def write_json(path: Path, document: Any) -> None:
 def read_case(path: Path) -> Case:
     """Read a case file. Raises KernelfuzzError for a file that is not one."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(), parse_constant=_refuse_constant)
     except OSError as error:
         raise KernelfuzzError(f"cannot read case file {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KernelfuzzError(f"case file {path} is not JSON: {error}") from error
     try:
         if not isinstance(document, dict):
@@ -46,18 +58,34 @@ def read_case(path: Path) -> Case:
         raise KernelfuzzError(f"{path}: {error}") from error
 
 
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
 class FailureFiles:
-    """Keeps `failures/<fingerprint>/case.json` and `failure.json` below `folder` up to date. A consumer of events."""
+    """Keeps `failures/<fingerprint>/case.json` and `failure.json` below `folder` up to date. A consumer of events.
+
+    A second kernel with the same fingerprint in one campaign gets a folder that names it too.
+    """
 
     def __init__(self, folder: Path, seed: int) -> None:
         self._folder = folder
         self._seed = seed
+        self._owners: dict[str, Job] = {}
+
+    def folder(self, found: FailureFound) -> Path:
+        """Return the folder of a failure."""
+        owner = self._owners.setdefault(found.fingerprint, found.job)
+        name = found.fingerprint
+        if owner is not found.job:
+            name = file_name(name, str(found.job.kernel), str(found.job.device))
+        return self._folder / "failures" / name
 
     def __call__(self, event: Event) -> None:
         """Write a failure as soon as it is found, and again when it is shrunk."""
         if not isinstance(event, FailureFound):
             return
-        folder = self._folder / "failures" / event.fingerprint
+        folder = self.folder(event)
         write_json(folder / "case.json", to_json(event.case))
         failure = event.failure
         write_json(

@@ -66,22 +66,25 @@ def named_jobs(targets: list[str], names: list[str], device: torch.device | None
     Raises KernelfuzzError for a kernel that implements none of the targets, or that cannot run here.
     """
     jobs = []
-    for text in names:
+    for text in dict.fromkeys(names):
         name = KernelName.parse(text)
-        offered = [registry.find(target, name) for target in targets or TARGETS]
+        offered = [registry.find(target, name) for target in dict.fromkeys(targets or TARGETS)]
         implementations = [implementation for implementation in offered if implementation is not None]
-        if ":" in text and not targets:
+        if ":" in name.package and not targets:
             raise KernelfuzzError(f"kernel {text!r}: name the target it implements, one of {', '.join(TARGETS)}")
         if not implementations:
             known = sorted({i.package for i in IMPLEMENTATIONS if i.target in (targets or TARGETS)})
             raise KernelfuzzError(
-                f"unknown kernel {text!r}: expected one of {', '.join(known)}, with @VERSION or @PATH"
+                f"no kernel {text!r} for this target: expected one of {', '.join(known)}, with @VERSION or @PATH"
             )
         for implementation in implementations:
             job = _on_best_device(implementation, name, device)
             if isinstance(job, Skipped):
                 raise KernelfuzzError(f"{name} cannot run {job.target} on {job.device}: {job.reason}")
             jobs.append(job)
+    for target in targets:
+        if all(job.target.name != target for job in jobs):
+            raise KernelfuzzError(f"none of the kernels implements {target}: {', '.join(names)}")
     return jobs
 
 

@@ -182,13 +182,20 @@ class _Round:
                 continue
             if name not in self._search.reported:
                 self._search.reported[name] = self._search.examples
-                self._search.bus.emit(events.FailureFound(self._search.job, name, failure, case, self._search.examples))
+                self._emit(events.FailureFound(self._search.job, name, failure, case, self._search.examples))
             if self.focus is None:
                 self.focus = name
                 self._start_shrinking()
             if name == self.focus:
                 self.smallest = failure, case
                 raise exception_class(name)(failure.message)
+
+    def _emit(self, event: events.Event) -> None:
+        """Emit an event. A consumer's error ends the round: Hypothesis would take it for a failure of the case."""
+        try:
+            self._search.bus.emit(event)
+        except KernelfuzzError as error:
+            raise _RoundEndedError(error) from None
 
     def _start_shrinking(self) -> None:
         if self._search.deadline is not None:
@@ -210,7 +217,7 @@ class _Round:
             raise _RoundEndedError(error) from None
         self._verdicts[case] = verdict
         regimes = frozenset(self._search.job.target.regimes(case))
-        self._search.bus.emit(events.CaseFinished(self._search.job, regimes, verdict, self._search.examples, shrinking))
+        self._emit(events.CaseFinished(self._search.job, regimes, verdict, self._search.examples, shrinking))
         return verdict
 
 

@@ -44,7 +44,7 @@ class JobSummary:
         """Return the entry of `results` in summary.json."""
         return {
             "target": self.job.target.name,
-            "kernel": self.job.kernel.package,
+            "kernel": str(self.job.kernel),
             "version": self.version or self.job.kernel.version,
             "device": str(self.job.device),
             "error": self.error,

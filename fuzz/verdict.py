@@ -160,7 +160,7 @@ def _deviation(
         return wrong, wrong.to(torch.float64)
     error = (actual.to(torch.float64) - values).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
     ratios = torch.where(error == 0, 0.0, error / bound)
-    return ratios > 1.0, ratios
+    return ~(ratios <= 1.0), ratios  # a NaN is wrong too
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

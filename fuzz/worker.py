@@ -66,8 +66,12 @@ def serve(connection: Connection) -> None:
             message = connection.recv_bytes()
         except EOFError:
             return
-        case = from_json(target.case_type, json.loads(message))
-        verdict = judge(target, kernel, case, device)
+        try:
+            case = from_json(target.case_type, json.loads(message))
+            verdict = judge(target, kernel, case, device)
+        except Exception as error:  # what a kernel raises is in the verdict, so this is ours or the case file's
+            _send(connection, {"error": f"the case cannot be judged: {type(error).__name__}: {error}".splitlines()[0]})
+            continue
         usable = _usable(device)
         _send(connection, {"verdict": verdict.to_json(), "usable": usable})
         if not usable:

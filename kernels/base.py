@@ -44,7 +44,7 @@ class KernelName:
     def parse(cls, text: str) -> "KernelName":
         """Parse a name. Raises KernelfuzzError for one that is malformed."""
         package, at, version = text.partition("@")
-        if not re.fullmatch(r"[A-Za-z0-9_.:-]+", package) or (at and not version):
+        if not re.fullmatch(r"[\w.-]+(:[\w.]+)?", package) or (at and not version) or (":" in package and at):
             forms = "NAME, NAME@VERSION, NAME@PATH or MODULE:FUNCTION"
             raise KernelfuzzError(f"malformed kernel name {text!r}: expected {forms}")
         return cls(package, version or None)

@@ -58,7 +58,7 @@ class Implementation:
         missing = missing_device(device)
         if missing is not None:
             return missing
-        if self.triton and importlib.util.find_spec("triton") is None:
+        if self.triton and ":" not in self.package and importlib.util.find_spec("triton") is None:
             return "Triton is not installed: pip install 'triton>=3.6'"
         if device.type == "cpu" and (reason := self.cpu_runtime()) is not None:
             return reason
@@ -144,7 +144,7 @@ def find(target: str, name: KernelName) -> Implementation | None:
 def missing_device(device: torch.device) -> str | None:
     """Return why `device` is not to be had here, or None."""
     if device.type == "cpu":
-        return None
+        return f"no device {device} here: there is one CPU" if device.index else None
     backend: Any = getattr(torch, device.type)
     if not backend.is_available():
         return f"no {device.type} device here"

@@ -1,6 +1,7 @@
 """A user's own kernel, named `module:function`: a callable (inputs, outputs) that writes the outputs in place."""
 
 import importlib
+import importlib.util
 import sys
 
 import torch
@@ -16,10 +17,12 @@ def load(name: str, device: torch.device) -> Kernel:
     module_name, _, function = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    if device.type == "cpu":
+    if device.type == "cpu" and importlib.util.find_spec("triton") is not None:
         interpreter.install()
     try:
         launch = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as error:
         raise KernelfuzzError(f"kernel {name!r} cannot be imported: {error}") from error
+    if not callable(launch):
+        raise KernelfuzzError(f"kernel {name!r} is not callable: name a function (inputs, outputs)")
     return Kernel(launch, "user")

@@ -16,12 +16,14 @@ SHRINK_CLAUSES = (
     Clause("base_model_row_is_zero", "write"),
     Clause("no_lora_in_batch", "free"),
 )
+_PRODUCT, _ZERO, _NO_LORA = range(len(SHRINK_CLAUSES))
 EXPAND_CLAUSES = (
     Clause("product", "write"),
     Clause("base_model_row", "keep"),
     Clause("columns_outside_slices", "keep"),
     Clause("overflow", "free"),
 )
+_EXPANDED, _BASE, _OUTSIDE, _OVERFLOW = range(len(EXPAND_CLAUSES))
 
 
 def outputs(inputs: Inputs) -> OutputSpecs:
@@ -56,7 +58,7 @@ def _shrink(inputs: Inputs, output: torch.Tensor) -> ExpectedOutput:
     tokens = (inputs.token_adapters >= 0).nonzero().flatten()
     values = torch.zeros(output.shape, dtype=torch.float64, device=output.device)
     bound = torch.zeros_like(values)
-    region = torch.full(output.shape, 2 if case.no_lora else 1, dtype=torch.uint8, device=output.device)
+    region = torch.full(output.shape, _NO_LORA if case.no_lora else _ZERO, dtype=torch.uint8, device=output.device)
     scale = rounding.exact(torch.tensor(case.scale, dtype=torch.float32, device=output.device))
     x = rounding.exact(inputs.x[tokens])
     for s in range(len(case.widths)):
@@ -65,7 +67,7 @@ def _shrink(inputs: Inputs, output: torch.Tensor) -> ExpectedOutput:
         product = rounding.multiply(product, scale)
         values[s, tokens] = product.value
         bound[s, tokens] = product.error
-        region[s, tokens] = 0
+        region[s, tokens] = _PRODUCT
     return ExpectedOutput(SHRINK_CLAUSES, region, values, bound)
 
 
@@ -74,8 +76,8 @@ def _expand(inputs: Inputs, output: torch.Tensor) -> ExpectedOutput:
     tokens = (inputs.token_adapters >= 0).nonzero().flatten()
     values = torch.zeros(output.shape, dtype=torch.float64, device=output.device)
     bound = torch.zeros_like(values)
-    region = torch.full(output.shape, 2, dtype=torch.uint8, device=output.device)
-    region[inputs.token_adapters < 0] = 1
+    region = torch.full(output.shape, _OUTSIDE, dtype=torch.uint8, device=output.device)
+    region[inputs.token_adapters < 0] = _BASE
     start = case.column_offset
     for s, width in enumerate(case.widths):
         columns = slice(start, start + width)
@@ -91,5 +93,7 @@ def _expand(inputs: Inputs, output: torch.Tensor) -> ExpectedOutput:
             product = rounding.cast(rounding.add(rounding.exact(output[tokens, columns]), product), output.dtype)
         values[tokens, columns] = product.value
         bound[tokens, columns] = product.error
-        region[tokens, columns] = torch.where(overflow | product.may_overflow(output.dtype), 3, 0).to(torch.uint8)
+        region[tokens, columns] = torch.where(overflow | product.may_overflow(output.dtype), _OVERFLOW, _EXPANDED).to(
+            torch.uint8
+        )
     return ExpectedOutput(EXPAND_CLAUSES, region, values, bound)

@@ -65,7 +65,7 @@ def batches(
     segments = draw(_segments(BASE if base else 0, num_adapters - 1 + beyond, max_length, max_segments))
     # Drawn last and rarely, so that a failure which needs no token still shrinks to one: that is what a person would
     # write.
-    if empty and draw(st.integers(0, 19)) == 19:
+    if empty and draw(st.integers(0, 11)) == 11:
         return Batch(())
     return Batch(tuple(segments))
 

@@ -127,7 +127,7 @@ def cases(
         float32_input=draw(st.sampled_from(float32_input)),
         float32_output=(shrink and chosen_layer == "wrapper") or draw(st.sampled_from(float32_output)),
         contents=draw(contents.styles(*style)),
-        scale=draw(st.sampled_from((1.0, 0.5, -1.75, 0.0))) if shrink else 1.0,
+        scale=draw(st.sampled_from((1.0, 0.5, -1.75, 0.0, 0.7))) if shrink else 1.0,
         accumulate=draw(st.sampled_from(accumulating_shrink)) if shrink else draw(st.booleans()),
         weights_4d=draw(st.booleans()),
     )

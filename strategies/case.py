@@ -45,7 +45,7 @@ def from_json(case_type: type[AnyCase], document: Any) -> AnyCase:
     """
     if not isinstance(document, Mapping) or "schema" not in document:
         raise KernelfuzzError("not a case file: it has no schema number")
-    if document["schema"] != SCHEMA:
+    if type(document["schema"]) is not int or document["schema"] != SCHEMA:
         raise KernelfuzzError(f"case file has schema {document['schema']!r}, this kernelfuzz reads schema {SCHEMA}")
     if document.get("target") != case_type.target:
         raise KernelfuzzError(f"case file is for target {document.get('target')!r}, not {case_type.target!r}")
@@ -89,7 +89,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     if kind in (int, bool, str) and type(value) is kind:
         return value
-    raise KernelfuzzError(f"malformed case file: {where} is {value!r}, expected {getattr(kind, '__name__', kind)}")
+    legal = " or ".join(map(repr, arguments)) if origin is typing.Literal else getattr(kind, "__name__", kind)
+    raise KernelfuzzError(f"malformed case file: {where} is {value!r}, expected {legal}")
 
 
 def _decode_dataclass(cls: type, value: Any, where: str) -> Any:

@@ -107,7 +107,15 @@ def _large(
     return torch.cat([large, middle, -large if taken_back else large], dim=1)
 
 
-def routing_weights(shape: tuple[int, ...], seed: int, name: str, device: torch.device | str) -> torch.Tensor:
-    """Return float32 router weights in (0, 1], multiples of 2^-8."""
+def routing_weights(
+    shape: tuple[int, ...], style: Style, seed: int, name: str, device: torch.device | str
+) -> torch.Tensor:
+    """Return float32 router weights in (0, 1].
+
+    They have 24 significant bits, so that a kernel which rounds them shows; in the styles ones and small_integers they
+    are multiples of 1/4.
+    """
     bits = hash_bits(seed, name, math.prod(shape), device)
-    return ((bits & 255) + 1).to(torch.float32).mul_(2.0**-8).view(shape)
+    if style in ("ones", "small_integers"):
+        return ((bits & 3) + 1).to(torch.float32).mul_(2.0**-2).view(shape)
+    return ((bits >> 8) | 1).to(torch.float32).mul_(2.0**-24).view(shape)

@@ -235,7 +235,9 @@ def make_inputs(case: Case, device: torch.device | str, allocate: Allocate | Non
         x=x,
         lora_a=lora_a,
         lora_b=lora_b,
-        topk_weights=place("topk_weights", contents.routing_weights((tokens, top_k), case.seed, "weights", device)),
+        topk_weights=place(
+            "topk_weights", contents.routing_weights((tokens, top_k), case.contents, case.seed, "weights", device)
+        ),
         topk_ids=topk_ids,
         token_adapters=place("token_lora_mapping", token_adapters.int()),
         lora_ids=place("lora_ids", active),

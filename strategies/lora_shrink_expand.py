@@ -95,7 +95,7 @@ def cases(
         dtype=draw(st.sampled_from(dtype)),
         float32_input=expand and draw(st.sampled_from(float32_input)),
         contents=draw(contents.styles(*style)),
-        scale=1.0 if expand else draw(st.sampled_from((1.0, 0.5, -1.75, 0.0))),
+        scale=1.0 if expand else draw(st.sampled_from((1.0, 0.5, -1.75, 0.0, 0.7))),
         add_inputs=expand and draw(st.sampled_from(add_inputs)),
         column_offset=draw(st.integers(0, 9)) if expand else 0,
         column_tail=draw(st.integers(0, 9)) if expand else 0,

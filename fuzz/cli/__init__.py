@@ -1,32 +1,20 @@
 """The command line: one module per command."""
 
+import os
 import sys
 
-import typer
-from rich.console import Console
-from rich.markup import escape
-
-from kernelfuzz.fuzz.cli.list import list_kernels
-from kernelfuzz.fuzz.cli.releases import app as releases_app
-from kernelfuzz.fuzz.cli.run import run
+from kernelfuzz.kernels.releases import home
 from kernelfuzz.strategies.errors import KernelfuzzError
-
-app = typer.Typer(
-    name="kernelfuzz",
-    help="Fuzz released MoE and LoRA kernels against pure-torch oracles.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command("run")(run)
-app.command("list")(list_kernels)
-app.add_typer(releases_app, name="releases")
 
 
 def main() -> None:
-    """Run the command line; a problem the user can mend is one line on stderr and exit status 2."""
+    """Run the command line. What takes long to import is imported here, so that Ctrl-C ends it quietly too."""
     try:
-        app()
+        # Hypothesis would make a folder .hypothesis where the user stands.
+        os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(home() / "hypothesis"))
+        from kernelfuzz.fuzz.cli.app import run_app
     except KernelfuzzError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(2)
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run_app()

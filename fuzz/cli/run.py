@@ -5,6 +5,7 @@ import random
 import re
 import signal
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import torch
@@ -26,6 +27,7 @@ DEFAULT_SECONDS = 60.0
 INTERRUPTED = 130
 """What a shell reports of a command that Ctrl-C ended: 128 + SIGINT."""
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -47,7 +49,7 @@ def run(
 
     Exit status: 0 no failure, 1 failures, 2 usage or environment, 130 interrupted before a failure was found.
     """
-    console = Console(stderr=as_json, highlight=False)
+    console = Console(stderr=as_json, highlight=False, emoji=False)
     where = None if device is None else parse_device(device)
     if case is not None:
         if examples is not None or time is not None:
@@ -60,15 +62,17 @@ def run(
     _require_writable(out)
     seed = random.randrange(2**32) if seed is None else seed
 
-    # SIGTERM ends a run as Ctrl-C does, also where a shell started it in the background with SIGINT ignored.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    for number in _SIGNALS:
+        signal.signal(number, _interrupt)
     summary = Summary()
-    display = Display(console, summary)
-    bus = events.Bus([summary, FailureFiles(out, seed), SummaryFile(out, summary), display])
-    with display.live():
-        run_campaign(jobs, skipped, budget, seed, out / "examples", bus)
-    display.print_end(out)
+    files = FailureFiles(out, seed)
+    display = Display(console, summary, files)
+    bus = events.Bus([summary, files, SummaryFile(out, summary), display])
+    try:
+        with display.live():
+            run_campaign(jobs, skipped, budget, seed, out / "examples", bus)
+    finally:
+        display.print_end(out)
     if as_json:
         print(json.dumps(summary.to_json(), indent=2))
     if summary.failed:
@@ -78,14 +82,27 @@ def run(
     raise typer.Exit(2 if summary.broken else 0)
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End the run on the first signal, and let nothing interrupt its summary.
+
+    SIGTERM does as Ctrl-C, which a shell has ignored for what it starts in the background.
+    """
+    del number, frame
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def _jobs(targets: list[str], kernels: list[str], device: torch.device | None) -> tuple[list[Job], list[Skipped]]:
     """Return what to run, and what cannot run here. Raises KernelfuzzError if nothing can."""
     if kernels:
         return named_jobs(targets, kernels, device), []
     jobs, skipped = default_jobs(targets, device)
     if not jobs:
-        reasons = "; ".join(f"{item.kernel}: {item.reason}" for item in skipped)
-        raise KernelfuzzError(f"nothing can run here: {reasons}")
+        reasons = "; ".join(dict.fromkeys(item.reason for item in skipped))
+        raise KernelfuzzError(
+            f"nothing can run here: {reasons}; 'kernelfuzz releases fetch --pinned' fetches the newest"
+        )
     return jobs, skipped
 
 

@@ -10,7 +10,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterError, _patch_lang
 
 from kernelfuzz.kernels.interpreter import bfloat16
-from kernelfuzz.kernels.interpreter.bounds import Memory, OutOfBoundsError
+from kernelfuzz.kernels.interpreter.bounds import Memory
 
 
 class Builder(bfloat16.Builder):
@@ -86,6 +86,4 @@ class Executor(GridExecutor):  # type: ignore[misc]
                 cause: BaseException | None = error
                 while isinstance(cause, InterpreterError):
                     cause = cause.__cause__
-                if isinstance(cause, OutOfBoundsError | NotImplementedError):
-                    raise cause from None
-                raise
+                raise (cause or error) from None

@@ -68,7 +68,15 @@ class Release:
 def home() -> Path:
     """``$KERNELFUZZ_HOME``, else the platform's cache folder for kernelfuzz; absolute, and perhaps not there yet."""
     chosen = os.environ.get("KERNELFUZZ_HOME")
-    return Path(chosen).expanduser().absolute() if chosen else platformdirs.user_cache_path("kernelfuzz")
+    return _expanded(chosen) if chosen else platformdirs.user_cache_path("kernelfuzz")
+
+
+def _expanded(text: str) -> Path:
+    """The absolute path that a user means. Raises `KernelfuzzError` for a ~user that is not there."""
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise KernelfuzzError(f"path {text!r}: there is no such user's home folder") from error
 
 
 def parse_requirement(text: str) -> tuple[str, str]:
@@ -273,7 +281,7 @@ def _storage_errors() -> Iterator[None]:
 
 def _locate_path(package: str, text: str) -> Path:
     top = _top(package)
-    path = Path(text).expanduser().absolute()
+    path = _expanded(text)
     if (path / top).is_dir():
         return path
     if path.name == top and (path / "__init__.py").is_file():

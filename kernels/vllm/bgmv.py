@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kernelfuzz.kernels import releases
-from kernelfuzz.kernels.base import Kernel, Launch
+from kernelfuzz.kernels.base import Kernel, Launch, UnsupportedCaseError
 from kernelfuzz.kernels.vllm import package
 from kernelfuzz.kernels.vllm.platform import EmulatedPlatform
 from kernelfuzz.kernels.xpu.operators import load_operators
@@ -31,7 +31,7 @@ def load_torch(root: Path | None, device: torch.device) -> Kernel:
     Its shrink overwrites instead of accumulating.
     """
     module, version = _import("lora.ops.torch_ops.lora_ops", root, device.type)
-    return Kernel(_launch(module), version, {"layer": ["wrapper"], "accumulating_shrink": [False]})
+    return Kernel(_launch(module, overwrites=True), version, {"layer": ["wrapper"], "accumulating_shrink": [False]})
 
 
 def _import(name: str, root: Path | None, platform: str) -> tuple[Any, str]:
@@ -40,9 +40,11 @@ def _import(name: str, root: Path | None, platform: str) -> tuple[Any, str]:
     return package.import_module(name), package.version(root)
 
 
-def _launch(module: Any) -> Launch:
+def _launch(module: Any, *, overwrites: bool = False) -> Launch:
     def launch(inputs: Inputs, outputs: Mapping[str, torch.Tensor]) -> None:
         case = inputs.case
+        if case.layer != "wrapper" or (overwrites and case.op == "shrink" and case.accumulate):
+            raise UnsupportedCaseError("this case is for Intel's operators")
         operands = (inputs.x, inputs.weights, outputs["output"], inputs.indices)
         if case.op == "shrink":
             module.bgmv_shrink(*operands, case.scale)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kernelfuzz.kernels.base import Kernel
+from kernelfuzz.kernels.base import Kernel, UnsupportedCaseError
 from kernelfuzz.kernels.interpreter import reachable
 from kernelfuzz.kernels.vllm.triton_release import TritonRelease
 from kernelfuzz.strategies.fused_moe_lora import Inputs
@@ -21,6 +21,8 @@ def load(root: Path | None, device: torch.device) -> Kernel:
 
     def launch(inputs: Inputs, outputs: Mapping[str, torch.Tensor]) -> None:
         case = inputs.case
+        if not (takes_add_inputs or case.add_inputs):
+            raise UnsupportedCaseError("this release cannot overwrite its output: it has no add_inputs")
         release.tell_compute_units(case.compute_units)
         # Keyed by address, which the allocator gives to other weights from case to case.
         module._LORA_PTR_DICT.clear()

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from kernelfuzz.kernels import releases
-from kernelfuzz.kernels.base import Kernel
+from kernelfuzz.kernels.base import Kernel, UnsupportedCaseError
 from kernelfuzz.kernels.xpu.operators import load_operators
 from kernelfuzz.strategies.bgmv import Inputs
 
@@ -18,6 +18,8 @@ def load(root: Path, device: torch.device) -> Kernel:
 
     def launch(inputs: Inputs, outputs: Mapping[str, torch.Tensor]) -> None:
         case = inputs.case
+        if case.layer != "operator":
+            raise UnsupportedCaseError("this case is for the wrapper above the operators")
         operands = (outputs["output"], inputs.x, inputs.weights, inputs.indices)
         if case.op == "shrink":
             operators.bgmv_shrink(*operands, case.scale)

@@ -208,8 +208,8 @@ from kernelfuzz.fuzz.job import named_jobs
 from kernelfuzz.fuzz.targets import get_target
 from kernelfuzz.strategies.case import from_json
 
-jobs = named_jobs(["bgmv"], ["engine_kernels:mortal"] * 2, torch.device("cpu"))
-idle, busy = Executor(jobs[0]), Executor(jobs[1])
+job, = named_jobs(["bgmv"], ["engine_kernels:mortal"], torch.device("cpu"))
+idle, busy = Executor(job), Executor(job)
 idle.loaded()
 busy.loaded()
 busy.run(from_json(get_target("bgmv").case_type, {case}))

@@ -67,9 +67,9 @@ PLANTS = (
     ),
     Plant(
         "missing_routed_weight",
-        "def _fused_moe_lora_kernel(",
-        "accumulator = accumulator * moe_weight[:, None]",
-        "accumulator = accumulator * 1.0",
+        "def _fused_moe_lora_small_batch_kernel",
+        "out_tile = out_tile * moe_w",
+        "out_tile = out_tile * 1.0",
         ("wrong_value",),
     ),
     Plant(

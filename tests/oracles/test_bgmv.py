@@ -33,6 +33,11 @@ PLAIN = strategy.Case(
 )
 
 
+def float32(number: float) -> float:
+    """The scale as the kernels take it."""
+    return torch.tensor(number, dtype=torch.float32).item()
+
+
 def case_with(**changes):
     return dataclasses.replace(PLAIN, **changes)
 
@@ -59,7 +64,7 @@ def by_loops(inputs, before):
             else:
                 weights = matrix(inputs.weights, adapter)[row]
                 total = sum(w * x for w, x in zip(weights, inputs.x[token].tolist()))
-                total *= case.scale if case.op == "shrink" else 1
+                total *= float32(case.scale) if case.op == "shrink" else 1
                 names.append("product")
                 numbers.append(total + (float(before[token, column]) if case.accumulate else 0))
     return names, numbers

@@ -40,6 +40,11 @@ PLAIN_SHRINK = strategy.Case(
 PLAIN_EXPAND = dataclasses.replace(PLAIN_SHRINK, op="expand", hidden=1, widths=(1, 1))
 
 
+def float32(number: float) -> float:
+    """The scale as the kernels take it."""
+    return torch.tensor(number, dtype=torch.float32).item()
+
+
 def matrix(weight, adapter):
     """Return one adapter's matrix as lists."""
     return (weight[:, 0] if weight.ndim == 4 else weight)[adapter].tolist()
@@ -65,7 +70,7 @@ def test_shrink_is_what_a_loop_computes(expectation, clauses, worst_ratio, case)
         for token, adapter in enumerate(inputs.token_adapters.tolist()):
             row = [0.0] * case.rank
             if adapter >= 0:
-                row = [case.scale * y for y in product(matrix(weight, adapter), inputs.x[token].tolist())]
+                row = [float32(case.scale) * y for y in product(matrix(weight, adapter), inputs.x[token].tolist())]
             actual += row
             numbers += row
             base = "no_lora_in_batch" if case.no_lora else "base_model_row_is_zero"

@@ -61,7 +61,8 @@ def test_values_are_pinned(style):
 
 def test_weights_and_routing_weights_are_pinned():
     assert crc32(values((3, 17), torch.float16, "cancelling", 7, "w", "cpu", weights=True)) == 0xC032DAC3
-    assert routing_weights((4,), 7, "weights", "cpu").tolist() == [0.16015625, 0.19140625, 0.93359375, 0.26953125]
+    assert crc32(routing_weights((17,), "signed", 7, "weights", "cpu")) == 0x79D059A2
+    assert routing_weights((4,), "ones", 7, "weights", "cpu").tolist() == [0.25, 0.25, 0.75, 0.25]
 
 
 def test_some_values_are_as_the_docstring_computes_them():
@@ -147,6 +148,10 @@ class TestStyles:
 
 
 def test_routing_weights_are_in_their_range():
-    weights = routing_weights((100, 50), 3, "weights", "cpu")
-    assert weights.dtype == torch.float32
-    assert set((weights * 256).flatten().tolist()) == set(range(1, 257))
+    coarse = routing_weights((100, 50), "ones", 3, "weights", "cpu")
+    assert coarse.dtype == torch.float32
+    assert set(coarse.flatten().tolist()) == {0.25, 0.5, 0.75, 1.0}
+    fine = routing_weights((100, 50), "signed", 3, "weights", "cpu")
+    assert 0 < fine.min() < 0.01
+    assert 0.99 < fine.max() <= 1
+    assert bool((fine != fine.bfloat16()).float().mean() > 0.99)  # a kernel that rounds them shows

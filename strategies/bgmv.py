@@ -90,8 +90,8 @@ def cases(
     max_rank: int = 144,
     max_hidden: int = 300,
     max_columns: int = 150,
-    max_segments: int = 6,
-    max_length: int = 12,
+    max_segments: int = 4,
+    max_length: int = 8,
 ) -> Case:
     """Draw a case. The simplest has one token; every argument narrows a dimension.
 

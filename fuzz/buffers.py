@@ -39,7 +39,7 @@ class _Guarded:
 
     def changed(self) -> torch.Tensor:
         """Return the indices of storage elements whose bits changed."""
-        return (_bits(self.storage) != _bits(self.before)).nonzero().flatten()
+        return (bits(self.storage) != bits(self.before)).nonzero().flatten()
 
     def inside(self) -> torch.Tensor:
         """Return a bool mask over the storage: elements that belong to the tensor."""
@@ -48,8 +48,8 @@ class _Guarded:
         return mask
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """View a 1-D tensor as integers, so that comparison is bit for bit."""
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """View a tensor as integers, so that comparison is bit for bit."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.view(integer)
 

@@ -151,7 +151,7 @@ class _Round:
             deadline=None,
             derandomize=False,  # whatever the profile of the surrounding tests says
             database=database,
-            # Not Phase.target: climbing towards a worse err/bound takes Hypothesis 10 times as long as it saves.
+            # Not Phase.target: climbing towards a worse err/bound takes most of the time and runs few new cases.
             phases=(Phase.reuse, Phase.generate, Phase.shrink),
             report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),

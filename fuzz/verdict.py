@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from kernelfuzz.fuzz.buffers import StrayWrite
+from kernelfuzz.fuzz.buffers import StrayWrite, bits
 from kernelfuzz.oracles.expectation import ExpectedOutput
 
 FailureKind = Literal[
@@ -92,7 +92,7 @@ def judge_output(
     a contribution too small to change them looks the same, so it is a wrong value.
     """
     must_write, must_keep = expected.mask("write"), expected.mask("keep")
-    same_bits = _same_bits(actual, initial)
+    same_bits = bits(actual) == bits(initial)
     canonical = actual if expected.groups is None else _in_group_order(actual, expected.groups)
     values = expected.values if expected.groups is None else _in_group_order(expected.values, expected.groups)
 
@@ -161,11 +161,6 @@ def _deviation(
     error = (actual.to(torch.float64) - values).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
     ratios = torch.where(error == 0, 0.0, error / bound)
     return ~(ratios <= 1.0), ratios  # a NaN is wrong too
-
-
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
-    return left.view(integer) == right.view(integer)
 
 
 def _in_group_order(tensor: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:

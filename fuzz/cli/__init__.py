@@ -14,7 +14,8 @@ def main() -> None:
         os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(home() / "hypothesis"))
         from kernelfuzz.fuzz.cli.app import run_app
     except KernelfuzzError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     run_app()

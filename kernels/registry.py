@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ class Implementation:
     - cpu_runtime: why the CPU cannot run it here, or None
     - importable: the module that `package@installed` imports, if that is offered
     - triton: whether a CPU needs Triton's interpreter
+    - guard_pages: whether it is native code on a CPU, which reads and writes past a tensor unseen unless the memory
+      there cannot be touched
     """
 
     target: str
@@ -46,6 +49,7 @@ class Implementation:
     cpu_runtime: Callable[[], str | None] = _anything
     importable: str | None = None
     triton: bool = False
+    guard_pages: bool = False
 
     def default_name(self) -> KernelName:
         """Return the name a campaign uses unless told otherwise: the newest pinned release, or the package alone."""
@@ -106,6 +110,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         ("vllm-xpu-kernels",),
         devices=("xpu", "cpu"),
         cpu_runtime=xpu.unavailable,
+        guard_pages=True,
     ),
     Implementation(
         "bgmv",
@@ -115,8 +120,12 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         devices=("xpu", "cpu"),
         cpu_runtime=xpu.unavailable,
         importable="vllm",
+        guard_pages=True,
     ),
     Implementation("bgmv", "vllm-torch", "vllm.bgmv:load_torch", ("vllm",), importable="vllm"),
+    Implementation(
+        "moe_lora_align", "vllm", "vllm.moe_lora_align:load", ("vllm",), devices=("cuda",), importable="vllm"
+    ),
     Implementation(
         "moe_lora_align",
         "vllm-xpu-kernels",
@@ -124,6 +133,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         ("vllm-xpu-kernels",),
         devices=("xpu", "cpu"),
         cpu_runtime=xpu.unavailable,
+        guard_pages=True,
     ),
     Implementation("bgmv", "example", "examples.bgmv:load", triton=True),
     Implementation("moe_lora_align", "example", "examples.moe_lora_align:load", triton=True),
@@ -142,15 +152,29 @@ def find(target: str, name: KernelName) -> Implementation | None:
 
 
 def missing_device(device: torch.device) -> str | None:
-    """Return why `device` is not to be had here, or None."""
+    """Return why `device` is not to be had here, in one line, or None."""
     if device.type == "cpu":
         return f"no device {device} here: there is one CPU" if device.index else None
     backend: Any = getattr(torch, device.type)
-    if not backend.is_available():
-        return f"no {device.type} device here"
-    if (device.index or 0) >= backend.device_count():
-        return f"no device {device} here: there are {backend.device_count()}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they say what is returned here
+        if not backend.is_available():
+            reason = _why_no_cuda() if device.type == "cuda" else ""
+            return f"no {device.type} device here" + (f": {reason}" if reason else "")
+        if (device.index or 0) >= backend.device_count():
+            return f"no device {device} here: there are {backend.device_count()}"
     return None
+
+
+def _why_no_cuda() -> str:
+    """Return the first line of what torch says when it is told to use CUDA all the same."""
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return ""
 
 
 def parse_device(text: str) -> torch.device:

@@ -38,6 +38,8 @@ _MEMBERS: dict[str, tuple[str, ...]] = {
         "vllm/platforms/*.py",
         "vllm/triton_utils/*.py",
         "vllm/utils/*.py",
+        # Up to 0.23 _moe_C.abi3.so, from 0.24 _moe_C_stable_libtorch.abi3.so.
+        "vllm/_moe_C*.abi3.so",
         *_DIST_INFO,
     ),
     "vllm-xpu-kernels": (

@@ -1,6 +1,7 @@
 """The registry: which kernel a name means, and where it can run."""
 
 import importlib
+import warnings
 
 import pytest
 import torch
@@ -69,7 +70,9 @@ def test_default_is_the_newest_release_and_examples_have_none():
         assert entry.default_name() == KernelName(entry.package, expected)
 
 
-@pytest.mark.parametrize(("target", "package"), [("bgmv", "no-such"), ("no_such", "vllm"), ("moe_lora_align", "vllm")])
+@pytest.mark.parametrize(
+    ("target", "package"), [("bgmv", "no-such"), ("no_such", "vllm"), ("fused_moe_lora", "vllm-torch")]
+)
 def test_unknown_kernel_is_not_found(target, package):
     assert registry.find(target, KernelName(package)) is None
 
@@ -164,3 +167,38 @@ def test_device_that_is_not_there_is_refused(kind, monkeypatch):
     assert parse_device(f"{kind}:1") == torch.device(kind, 1)
     with pytest.raises(KernelfuzzError, match=f"device '{kind}:2': no device {kind}:2 here: there are 2"):
         parse_device(f"{kind}:2")
+
+
+def why_no_cuda():
+    with pytest.raises(KernelfuzzError) as error:
+        parse_device("cuda")
+    return str(error.value).removeprefix("device 'cuda': no cuda device here: ")
+
+
+def test_torch_without_cuda_is_why_there_is_no_cuda_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    assert why_no_cuda() == f"torch {torch.__version__} is built without CUDA"
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver",
+        "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver",
+        "No CUDA GPUs are available",
+    ],
+)
+def test_torchs_own_reason_is_why_there_is_no_cuda_device(reason, monkeypatch, recwarn):
+    def is_available():
+        warnings.warn(f"CUDA initialization: {reason} (Triggered internally at CUDAFunctions.cpp:109.)", stacklevel=2)
+        return False
+
+    def init():
+        raise RuntimeError(f"{reason}\nmore that nobody needs")
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert why_no_cuda() == reason
+    assert recwarn.list == []

@@ -89,6 +89,8 @@ def test_fetch_keeps_only_the_members_that_targets_need(cache: Path, published: 
             "vllm/entrypoints/llm.py": "much",
             "vllm/lora/notes.txt": "much",
             "vllm/_C.abi3.so": "much",
+            "vllm/_C_stable_libtorch.abi3.so": "much",
+            "vllm/_moe_C_stable_libtorch.abi3.so": "binary",
         },
     )
     release = releases.fetch("vllm", "0.33.0")
@@ -96,6 +98,7 @@ def test_fetch_keeps_only_the_members_that_targets_need(cache: Path, published: 
     assert files == {
         "release.json",
         "vllm/__init__.py",
+        "vllm/_moe_C_stable_libtorch.abi3.so",
         "vllm/_version.py",
         "vllm/envs.py",
         "vllm/platforms/__init__.py",
@@ -109,6 +112,12 @@ def test_fetch_keeps_only_the_members_that_targets_need(cache: Path, published: 
     assert release.path == cache / "vllm" / "0.33.0"
     assert release.size == sum((release.path / name).stat().st_size for name in files)
     assert left_in(cache) == {"vllm"}
+
+
+@pytest.mark.parametrize("library", ["_moe_C.abi3.so", "_moe_C_stable_libtorch.abi3.so"])
+def test_fetch_keeps_the_compiled_moe_operators_under_either_name(published: Path, library: str):
+    publish(published, "0.23.0", members={f"vllm/{library}": "binary", "vllm/_flashmla_C.abi3.so": "much"})
+    assert [path.name for path in releases.fetch("vllm", "0.23.0").path.rglob("*.so")] == [library]
 
 
 def test_fetch_of_the_xpu_kernels_keeps_the_two_libraries(published: Path):
@@ -160,14 +169,14 @@ def test_progress_goes_up_to_the_total_of_what_is_extracted(published: Path):
 
 
 def test_a_release_that_another_member_table_chose_is_fetched_again(published: Path, monkeypatch: pytest.MonkeyPatch):
-    publish(published, "0.33.0", members={"vllm/_moe_C.abi3.so": "binary"})
+    publish(published, "0.33.0", members={"vllm/_C.abi3.so": "binary"})
     old = releases.fetch("vllm", "0.33.0")
     (old.path / "vllm" / "old.py").touch()
-    monkeypatch.setitem(store._MEMBERS, "vllm", (*store._MEMBERS["vllm"], "vllm/_moe_C*.so"))
+    monkeypatch.setitem(store._MEMBERS, "vllm", (*store._MEMBERS["vllm"], "vllm/_C*.so"))
     with pytest.raises(KernelfuzzError, match=r"'kernelfuzz releases fetch vllm==0\.33\.0'"):
         releases.locate("vllm", "0.33.0")
     new = releases.fetch("vllm", "0.33.0")
-    assert (new.path / "vllm" / "_moe_C.abi3.so").read_text() == "binary"
+    assert (new.path / "vllm" / "_C.abi3.so").read_text() == "binary"
     assert not (new.path / "vllm" / "old.py").exists()
     assert releases.locate("vllm", "0.33.0") == new.path
 

@@ -1,5 +1,6 @@
 """vLLM releases from their wheels' files: every one of them runs, the newest without a failure."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from kernelfuzz.fuzz.campaign import Budget, run_campaign
 from kernelfuzz.fuzz.job import named_jobs
 from kernelfuzz.fuzz.summary import JobSummary, Summary
 from kernelfuzz.kernels import releases
+from kernelfuzz.kernels.vllm import moe_lora_align
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 VERSIONS = ("0.19.1", "0.20.2", "0.21.0", "0.22.0", "0.24.0", "0.30.0", "0.33.0")
 EXAMPLES = 15
+CPU = torch.device("cpu")
 
 BROKEN_BEFORE = {
     # Up to 0.21 float16 operands are cast to bfloat16.
@@ -26,16 +29,20 @@ BROKEN_BEFORE = {
 """What the older releases do against the newest one's contract."""
 
 
-def run(target: str, kernel: str, folder: Path, examples: int = EXAMPLES) -> JobSummary:
-    """Run a short campaign on a CPU; skip if the release has not been fetched."""
-    package, _, version = kernel.partition("@")
+def fetched(version: str) -> Path:
+    """The release's folder; skip if it has not been fetched."""
     try:
-        releases.locate({"vllm-torch": "vllm"}.get(package, package), version)
+        return releases.locate("vllm", version)
     except KernelfuzzError as error:
         pytest.skip(str(error))
+
+
+def run(target: str, kernel: str, folder: Path, examples: int = EXAMPLES, device: torch.device = CPU) -> JobSummary:
+    """Run a short campaign; skip if the release has not been fetched."""
+    fetched(kernel.partition("@")[2])
     summary = Summary()
-    jobs = named_jobs([target], [kernel], torch.device("cpu"))
-    run_campaign(jobs, [], Budget(examples=examples), seed=3, database=folder, bus=events.Bus([summary]))
+    jobs = named_jobs([target], [kernel], device)
+    run_campaign(jobs, [], Budget(examples=examples), seed=3, out=folder, bus=events.Bus([summary]))
     return summary.jobs[0]
 
 
@@ -68,5 +75,29 @@ def test_the_wrapper_accepts_a_padded_vocabulary_since_0_20(version: str, tmp_pa
 
 def test_the_newest_cpu_implementation_passes(tmp_path: Path) -> None:
     done = run("bgmv", "vllm-torch@0.33.0", tmp_path, examples=200)
+    assert done.failures == {}
+    assert done.examples == 200
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
+@pytest.mark.parametrize(
+    ("version", "library"),
+    [("0.19.1", "_moe_C.abi3.so"), ("0.22.0", "_moe_C.abi3.so"), ("0.33.0", "_moe_C_stable_libtorch.abi3.so")],
+)
+def test_the_compiled_operators_say_that_they_need_a_torch_with_cuda(version: str, library: str) -> None:
+    root = fetched(version)
+    with pytest.raises(KernelfuzzError) as error:
+        moe_lora_align.load(root, torch.device("cuda"))
+    # Which of CUDA's libraries is missed first depends on the machine.
+    remedy = r"(it needs NVIDIA's driver and a torch built with CUDA|install a torch built for CUDA \d+)"
+    line = rf"{library} does not load in torch \S+ \(no CUDA\): lib\w+\.so\S*: cannot open shared object file; {remedy}"
+    assert re.fullmatch(line, str(error.value))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("version", ["0.22.0", "0.33.0"])
+def test_the_compiled_align_passes_on_a_gpu(version: str, tmp_path: Path) -> None:
+    done = run("moe_lora_align", f"vllm@{version}", tmp_path, examples=200, device=torch.device("cuda"))
+    assert done.error == ""
     assert done.failures == {}
     assert done.examples == 200

@@ -4,6 +4,8 @@ Operands are used in their own dtype and products accumulate in float32; the ran
 the output's dtype once per split-K part, the result once, and its sum with the old output once.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from kernelfuzz.oracles import rounding
@@ -16,7 +18,7 @@ from kernelfuzz.oracles.expectation import (
     OutputSpecs,
 )
 from kernelfuzz.strategies import contents
-from kernelfuzz.strategies.fused_moe_lora import Inputs
+from kernelfuzz.strategies.fused_moe_lora import Case, Inputs
 from kernelfuzz.strategies.layouts import Layout
 
 CLAUSES = (
@@ -34,7 +36,7 @@ _DELTA, _BASE, _BEYOND, _DISABLED, _UNROUTED, _OTHER_COLUMNS, _OVERFLOW = range(
 def outputs(inputs: Inputs) -> OutputSpecs:
     """Return the one output, [tokens, top_k, columns]; with add_inputs it starts from seeded values."""
     case = inputs.case
-    shape = (case.batch.num_tokens, case.top_k, case.column_offset + case.slices * case.columns)
+    shape = (case.batch.num_tokens, case.top_k, case.output_columns)
     dtype = getattr(torch, case.dtype)
     initial = None
     if case.add_inputs:
@@ -50,13 +52,14 @@ def expect(inputs: Inputs, initial: dict[str, torch.Tensor]) -> Expectation:
     before = initial["output"]
     values = torch.zeros(before.shape, dtype=torch.float64, device=before.device)
     bound = torch.zeros_like(values)
-    region = _regions(inputs, before)
+    region = _regions(case, before)
 
-    pairs = inputs.served_pairs().flatten().nonzero().flatten()
+    served = _served(inputs)
+    pairs = served.pairs
     for s in range(case.slices):
         start = case.column_offset + s * case.columns
         columns = slice(start, start + case.columns)
-        delta, overflow = _delta(inputs, s, pairs)
+        delta, overflow = _delta(inputs, s, served)
         if case.add_inputs:
             old = rounding.exact(before.flatten(0, 1)[pairs, columns])
             delta = rounding.cast(rounding.add(old, delta), before.dtype)
@@ -67,16 +70,32 @@ def expect(inputs: Inputs, initial: dict[str, torch.Tensor]) -> Expectation:
     return Expectation({"output": ExpectedOutput(CLAUSES, region, values, bound)})
 
 
-def _delta(inputs: Inputs, s: int, pairs: torch.Tensor) -> tuple[rounding.Approximation, torch.Tensor]:
-    """Return the contribution of slice `s` for `pairs`, [pairs, columns], and where a step may overflow."""
+@dataclass(frozen=True)
+class _Served:
+    """The pairs that get a contribution, as indices, int64 [pairs] each, on the device."""
+
+    pairs: torch.Tensor
+    tokens: torch.Tensor
+    adapters: torch.Tensor
+    experts: torch.Tensor
+
+
+def _served(inputs: Inputs) -> _Served:
+    """Find the pairs on the CPU, where it takes no waiting for the device, and copy them in one go."""
+    case = inputs.case
+    pairs = inputs.served_pairs().flatten().nonzero().flatten()
+    tokens = pairs // case.top_k
+    columns = (pairs, tokens, case.batch.token_adapters()[tokens], inputs.topk_ids.flatten()[pairs])
+    return _Served(*torch.stack(columns).to(inputs.x.device, non_blocking=True))
+
+
+def _delta(inputs: Inputs, s: int, served: _Served) -> tuple[rounding.Approximation, torch.Tensor]:
+    """Return the contribution of slice `s` to the served pairs, [pairs, columns], and where a step may overflow."""
     case = inputs.case
     dtype = inputs.x.dtype
-    tokens = pairs // case.top_k
-    adapters = inputs.token_adapters.long()[tokens]
-    experts = inputs.topk_ids.flatten()[pairs]
-    x = rounding.exact(inputs.x[pairs if case.mul_routed_weight else tokens])
-    a = rounding.exact(inputs.lora_a[s][adapters, experts])
-    b = rounding.exact(inputs.lora_b[s][adapters, experts])
+    x = rounding.exact(inputs.x[served.pairs if case.mul_routed_weight else served.tokens])
+    a = rounding.exact(inputs.lora_a[s][served.adapters, served.experts])
+    b = rounding.exact(inputs.lora_b[s][served.adapters, served.experts])
 
     parts = case.shrink.split_k
     hidden = rounding.dot("pk,prk->pr", x, a, case.hidden)
@@ -86,23 +105,24 @@ def _delta(inputs: Inputs, s: int, pairs: torch.Tensor) -> tuple[rounding.Approx
 
     delta = rounding.dot("pr,pnr->pn", hidden, b, case.rank)
     if case.mul_routed_weight:
-        weights = rounding.exact(inputs.topk_weights.flatten()[pairs, None])
+        weights = rounding.exact(inputs.topk_weights.flatten()[served.pairs, None])
         delta = rounding.multiply(delta, weights)
     delta = rounding.cast(delta, dtype)
     return delta, overflow | delta.may_overflow(dtype)
 
 
-def _regions(inputs: Inputs, output: torch.Tensor) -> torch.Tensor:
-    """Return the clause of each element that no contribution is written to; later clauses win."""
-    case = inputs.case
-    adapters = inputs.token_adapters.long()[:, None]
-    region = torch.full(output.shape, _UNROUTED, dtype=torch.uint8, device=output.device)
-    disabled = torch.isin(adapters, torch.tensor(case.disabled, dtype=torch.int64, device=output.device))
-    for clause, rows in (
-        (_DISABLED, disabled),
-        (_BEYOND, adapters >= case.num_adapters),
-        (_BASE, adapters < 0),
-    ):
-        region[rows.expand(output.shape[:2])] = clause
+def _regions(case: Case, output: torch.Tensor) -> torch.Tensor:
+    """Return the clause of each element that no contribution is written to."""
+    clauses = [_row_clause(case, segment.adapter) for segment in case.batch.segments for _ in range(segment.length)]
+    rows = torch.tensor(clauses, dtype=torch.uint8).to(output.device, non_blocking=True)
+    region = rows[:, None, None].expand(output.shape).clone()
     region[:, :, : case.column_offset] = _OTHER_COLUMNS
     return region
+
+
+def _row_clause(case: Case, adapter: int) -> int:
+    if adapter < 0:
+        return _BASE
+    if adapter >= case.num_adapters:
+        return _BEYOND
+    return _DISABLED if adapter in case.disabled else _UNROUTED

@@ -9,6 +9,7 @@ import torch
 from kernelfuzz.oracles import rounding
 from kernelfuzz.oracles.expectation import Clause, Expectation, ExpectedOutput, OutputSpec, OutputSpecs
 from kernelfuzz.strategies import contents
+from kernelfuzz.strategies.batches import BASE
 from kernelfuzz.strategies.lora_shrink_expand import Inputs
 
 SHRINK_CLAUSES = (
@@ -23,7 +24,7 @@ EXPAND_CLAUSES = (
     Clause("columns_outside_slices", "keep"),
     Clause("overflow", "free"),
 )
-_EXPANDED, _BASE, _OUTSIDE, _OVERFLOW = range(len(EXPAND_CLAUSES))
+_EXPANDED, _BASE_ROW, _OUTSIDE, _OVERFLOW = range(len(EXPAND_CLAUSES))
 
 
 def outputs(inputs: Inputs) -> OutputSpecs:
@@ -47,6 +48,17 @@ def expect(inputs: Inputs, initial: dict[str, torch.Tensor]) -> Expectation:
     return Expectation({"output": expected})
 
 
+def _served(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens that have an adapter, as indices, and their adapters, int64 on the device.
+
+    They are found on the CPU, where it takes no waiting for the device, and copied in one go.
+    """
+    adapters = inputs.case.batch.token_adapters()
+    tokens = (adapters != BASE).nonzero().flatten()
+    tokens, adapters = torch.stack([tokens, adapters[tokens]]).to(inputs.x.device, non_blocking=True)
+    return tokens, adapters
+
+
 def _weight(inputs: Inputs, s: int, adapters: torch.Tensor) -> rounding.Approximation:
     """Return the weights of slice `s` for each token, [tokens, rows, columns]."""
     weight = inputs.weights[s]
@@ -55,14 +67,14 @@ def _weight(inputs: Inputs, s: int, adapters: torch.Tensor) -> rounding.Approxim
 
 def _shrink(inputs: Inputs, output: torch.Tensor) -> ExpectedOutput:
     case = inputs.case
-    tokens = (inputs.token_adapters >= 0).nonzero().flatten()
+    tokens, adapters = _served(inputs)
     values = torch.zeros(output.shape, dtype=torch.float64, device=output.device)
     bound = torch.zeros_like(values)
     region = torch.full(output.shape, _NO_LORA if case.no_lora else _ZERO, dtype=torch.uint8, device=output.device)
-    scale = rounding.exact(torch.tensor(case.scale, dtype=torch.float32, device=output.device))
+    scale = rounding.exact(torch.full((), case.scale, dtype=torch.float32, device=output.device))
     x = rounding.exact(inputs.x[tokens])
     for s in range(len(case.widths)):
-        a = _weight(inputs, s, inputs.token_adapters[tokens])
+        a = _weight(inputs, s, adapters)
         product = rounding.dot("mk,mrk->mr", x, a, case.hidden, extra=case.split_k)
         product = rounding.multiply(product, scale)
         values[s, tokens] = product.value
@@ -73,11 +85,11 @@ def _shrink(inputs: Inputs, output: torch.Tensor) -> ExpectedOutput:
 
 def _expand(inputs: Inputs, output: torch.Tensor) -> ExpectedOutput:
     case = inputs.case
-    tokens = (inputs.token_adapters >= 0).nonzero().flatten()
+    tokens, adapters = _served(inputs)
     values = torch.zeros(output.shape, dtype=torch.float64, device=output.device)
     bound = torch.zeros_like(values)
-    region = torch.full(output.shape, _OUTSIDE, dtype=torch.uint8, device=output.device)
-    region[inputs.token_adapters < 0] = _BASE
+    rows = torch.where(inputs.token_adapters[:, None] == BASE, _BASE_ROW, _OUTSIDE).to(torch.uint8)
+    region = rows.expand(output.shape).clone()
     start = case.column_offset
     for s, width in enumerate(case.widths):
         columns = slice(start, start + width)
@@ -86,7 +98,7 @@ def _expand(inputs: Inputs, output: torch.Tensor) -> ExpectedOutput:
         if case.float32_input:
             y = rounding.cast(y, output.dtype)
         overflow = y.may_overflow(output.dtype).any(1, keepdim=True)
-        b = _weight(inputs, s, inputs.token_adapters[tokens])
+        b = _weight(inputs, s, adapters)
         product = rounding.cast(rounding.dot("mr,mnr->mn", y, b, case.rank), output.dtype)
         if case.add_inputs:
             overflow = overflow | product.may_overflow(output.dtype)

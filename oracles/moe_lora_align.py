@@ -10,8 +10,8 @@ from kernelfuzz.oracles.expectation import (
     OutputSpec,
     OutputSpecs,
 )
-from kernelfuzz.strategies.alignment import align_row
-from kernelfuzz.strategies.moe_lora_align import MAX_EXPERTS, Inputs
+from kernelfuzz.strategies.alignment import align_rows
+from kernelfuzz.strategies.moe_lora_align import MAX_EXPERTS, Case, Inputs, stack_layout
 
 CLAUSES = (
     Clause("active_adapter_row", "write"),
@@ -22,64 +22,74 @@ _WRITTEN, _INACTIVE, _DISABLED = range(len(CLAUSES))
 
 
 def outputs(inputs: Inputs) -> OutputSpecs:
-    """Return sorted_token_ids [L * P], expert_ids [L * blocks] and num_tokens_post_pad [L], all int32."""
+    """Return sorted_token_ids [L * P], expert_ids [L * blocks] and num_tokens_post_pad [L], all int32; of a stack of S
+    with a leading dimension of S."""
     case = inputs.case
+
+    def spec(width: int) -> OutputSpec:
+        length = case.num_adapters * width
+        return OutputSpec((*_stacked(inputs), length), torch.int32, stack_layout(length))
+
     return {
-        "sorted_token_ids": OutputSpec((case.num_adapters * case.capacity,), torch.int32),
-        "expert_ids": OutputSpec((case.num_adapters * case.max_blocks,), torch.int32),
-        "num_tokens_post_pad": OutputSpec((case.num_adapters,), torch.int32),
+        "sorted_token_ids": spec(case.capacity),
+        "expert_ids": spec(case.max_blocks),
+        "num_tokens_post_pad": spec(1),
     }
 
 
 def expect(inputs: Inputs, initial: dict[str, torch.Tensor]) -> Expectation:
-    """Return what the outputs must hold."""
+    """Return what the outputs must hold, those of a stack at once. Nothing waits for the device."""
     del initial  # nothing is read before it is written
     case = inputs.case
     if case.block_size <= 0:
         return Expectation(error=ExpectedError("block_size_is_positive", "block_size should be greater than 0"))
     if case.num_experts > MAX_EXPERTS:
         return Expectation(error=ExpectedError("at_most_992_experts", "padded_num_experts must be less than 1024"))
-    device = inputs.topk_ids.device
-    shape = (case.num_adapters, case.capacity)
-    rows = torch.full((case.num_adapters, 1), _INACTIVE, dtype=torch.uint8, device=device)
-    tokens = torch.full(shape, case.pairs, dtype=torch.int64, device=device)
-    # One group for each expert of each row, and one for the row's unused tail.
-    groups = torch.full(shape, case.num_experts, dtype=torch.int64, device=device)
-    experts = torch.full((case.num_adapters, case.max_blocks), -1, dtype=torch.int64, device=device)
-    totals = torch.zeros(case.num_adapters, dtype=torch.int64, device=device)
+    stacked = _stacked(inputs)
+    pair_adapters = inputs.token_adapters[:, None].expand(-1, case.top_k).flatten()
+    aligned = align_rows(
+        _local_ids(inputs), pair_adapters, case.num_adapters, case.num_experts, case.block_size, case.capacity
+    )
+    clauses = torch.tensor([_clause(case, adapter) for adapter in range(case.num_adapters)], dtype=torch.uint8)
+    clauses = clauses.to(aligned.tokens.device, non_blocking=True)[:, None]
 
-    pair_adapters = inputs.token_adapters.long().repeat_interleave(case.top_k)
-    expert_ids = _local_ids(inputs)
-    for adapter in set(inputs.lora_ids[: case.num_adapters + 1].tolist()) & set(range(case.num_adapters)):
-        if adapter in case.disabled:
-            rows[adapter] = _DISABLED
-            continue
-        row = align_row(expert_ids, pair_adapters == adapter, case.num_experts, case.block_size)
-        rows[adapter] = _WRITTEN
-        tokens[adapter, : row.padded_total] = row.tokens
-        groups[adapter, : row.padded_total] = row.experts.repeat_interleave(case.block_size)
-        experts[adapter, : row.experts.numel()] = row.experts
-        totals[adapter] = row.padded_total
-    groups += torch.arange(case.num_adapters, device=device)[:, None] * (case.num_experts + 1)
-
-    def region(width: int) -> torch.Tensor:
-        return rows.expand(-1, width).flatten()
+    def expected(values: torch.Tensor, groups: torch.Tensor | None = None) -> ExpectedOutput:
+        """From values [S, L, width]; those of rows that are kept mean nothing."""
+        return ExpectedOutput(
+            CLAUSES,
+            clauses.expand(values.shape).reshape(*stacked, -1),
+            values.reshape(*stacked, -1),
+            groups=None if groups is None else groups.reshape(*stacked, -1),
+        )
 
     return Expectation(
         {
-            "sorted_token_ids": ExpectedOutput(
-                CLAUSES, region(case.capacity), tokens.flatten(), groups=groups.flatten()
-            ),
-            "expert_ids": ExpectedOutput(CLAUSES, region(case.max_blocks), experts.flatten()),
-            "num_tokens_post_pad": ExpectedOutput(CLAUSES, region(1), totals),
+            "sorted_token_ids": expected(aligned.tokens, aligned.groups),
+            "expert_ids": expected(aligned.experts),
+            "num_tokens_post_pad": expected(aligned.totals[:, :, None]),
         }
     )
 
 
+def _stacked(inputs: Inputs) -> torch.Size:
+    """Return the leading dimensions of what depends on the seed: [S] for a stack, none for one case."""
+    return inputs.topk_ids.shape[:-2]
+
+
+def _clause(case: Case, adapter: int) -> int:
+    """Return the clause that an adapter's rows fall under."""
+    if adapter not in case.batch.active():
+        return _INACTIVE
+    return _DISABLED if adapter in case.disabled else _WRITTEN
+
+
 def _local_ids(inputs: Inputs) -> torch.Tensor:
-    """Return the expert of each pair after the expert map, int64; -1 where it is invalid or lives elsewhere."""
-    ids = inputs.topk_ids.long().flatten()
-    valid = (ids >= 0) & (ids < inputs.case.num_experts)
+    """Return the expert of each pair after the expert map, int64 [S, pairs]; out of range where it is invalid or lives
+    elsewhere."""
+    case = inputs.case
+    ids = inputs.topk_ids.reshape(_stacked(inputs).numel(), case.pairs).long()
     if inputs.expert_map is None:
-        return torch.where(valid, ids, -1)
-    return torch.where(valid, inputs.expert_map.long()[ids.clamp(0, inputs.case.num_experts - 1)], -1)
+        return ids
+    valid = (ids >= 0) & (ids < case.num_experts)
+    mapping = inputs.expert_map.reshape(-1, case.num_experts).long()
+    return torch.where(valid, mapping.gather(1, ids.clamp(0, case.num_experts - 1)), -1)

@@ -11,11 +11,68 @@ import torch
 
 
 @dataclass(frozen=True)
-class AlignedRow:
-    """One adapter's row: token indices grouped by expert and padded, the expert of each block, and the padded total.
+class AlignedRows:
+    """Token indices grouped by expert and padded: L rows for each of S routings of the same tokens, all int64.
 
-    - tokens: int64 [padded total], flat indices (token * top_k + choice); padding holds the number of pairs
-    - experts: int64 [padded total / block size]
+    - tokens: [S, L, capacity], flat indices (token * top_k + choice), ascending in a group; padding and what follows
+      the last group hold the number of pairs
+    - groups: [S, L, capacity], the group that an entry belongs to; what follows a row's last group is one too, and all
+      rows' groups differ
+    - experts: [S, L, ceil(capacity / block size)], the expert of each block, -1 after the last
+    - totals: [S, L], number of entries in groups, a multiple of the block size
+    """
+
+    tokens: torch.Tensor
+    groups: torch.Tensor
+    experts: torch.Tensor
+    totals: torch.Tensor
+
+
+def align_rows(
+    expert_ids: torch.Tensor, rows: torch.Tensor, num_rows: int, num_experts: int, block_size: int, capacity: int
+) -> AlignedRows:
+    """Group each row's pairs by expert, ascending, each group padded to a multiple of `block_size`.
+
+    expert_ids: int64 [S, pairs], ids outside [0, num_experts) are dropped; rows: integers [pairs], the row that a pair
+    belongs to, those outside [0, num_rows) to none. `capacity` must suffice for every row, as `padded_capacity` does.
+    Nothing waits for the device, and the number of operations is the same for all sizes.
+    """
+    device = expert_ids.device
+    seeds, pairs = expert_ids.shape
+    count = seeds * num_rows
+    width = num_experts + 1  # groups of a row: one for each expert and, for what follows them, one without pairs
+
+    kept = (expert_ids >= 0) & (expert_ids < num_experts) & (rows >= 0) & (rows < num_rows)
+    owners = (torch.arange(seeds, device=device)[:, None] * num_rows + rows) * width + expert_ids
+    grouped, order = torch.where(kept, owners, count * width).flatten().sort(stable=True)
+    first = torch.searchsorted(grouped, torch.arange(count * width + 1, device=device))
+    blocks = (first.diff().view(count, width) + block_size - 1) // block_size
+    ends = blocks.cumsum(1)
+
+    numbers = torch.arange(-(-capacity // block_size), device=device).expand(count, -1).contiguous()
+    experts = torch.searchsorted(ends, numbers, right=True).clamp_max_(num_experts)
+    row_numbers = torch.arange(count, device=device)[:, None]
+    groups = (experts + row_numbers * width)[:, :, None].expand(-1, -1, block_size).flatten(1)[:, :capacity]
+
+    # Dropped pairs are sorted last and share one place, after all rows.
+    starts = ((ends - blocks) * block_size + row_numbers * capacity).flatten()
+    starts = torch.cat([starts, starts.new_full((1,), count * capacity)])
+    places = (starts - first).take(grouped) + torch.arange(seeds * pairs, device=device)
+    tokens = torch.full((count * capacity + 1,), pairs, dtype=torch.int64, device=device)
+    tokens[places.clamp_max_(count * capacity)] = order % max(pairs, 1)
+    return AlignedRows(
+        tokens[:-1].view(seeds, num_rows, -1),
+        groups.view(seeds, num_rows, -1),
+        torch.where(experts < num_experts, experts, -1).view(seeds, num_rows, -1),
+        (ends[:, -1] * block_size).view(seeds, num_rows),
+    )
+
+
+@dataclass(frozen=True)
+class AlignedRow:
+    """One row without what follows its last group.
+
+    - tokens: int64 [padded total]; experts: int64 [padded total / block size]
     """
 
     tokens: torch.Tensor
@@ -28,23 +85,11 @@ class AlignedRow:
 
 
 def align_row(expert_ids: torch.Tensor, chosen: torch.Tensor, num_experts: int, block_size: int) -> AlignedRow:
-    """Group the chosen pairs by expert, ascending, each group padded to a multiple of `block_size`.
-
-    expert_ids: int64 [pairs], ids outside [0, num_experts) are dropped; chosen: bool [pairs].
-    """
-    pairs = expert_ids.numel()
-    kept = chosen & (expert_ids >= 0) & (expert_ids < num_experts)
-    indices = kept.nonzero().flatten()
-    experts = expert_ids[indices]
-    order = torch.argsort(experts, stable=True)
-    indices, experts = indices[order], experts[order]
-    counts = torch.bincount(experts, minlength=num_experts)
-    blocks = (counts + block_size - 1) // block_size
-    starts = (blocks.cumsum(0) - blocks) * block_size
-    within = torch.arange(indices.numel(), device=indices.device) - (counts.cumsum(0) - counts)[experts]
-    tokens = torch.full((int(blocks.sum()) * block_size,), pairs, dtype=torch.int64, device=indices.device)
-    tokens[starts[experts] + within] = indices
-    return AlignedRow(tokens, torch.repeat_interleave(torch.arange(num_experts, device=indices.device), blocks))
+    """Return one row of the pairs that are `chosen`, bool [pairs]; expert_ids: int64 [pairs]."""
+    capacity = padded_capacity(expert_ids.numel(), num_experts, block_size, rounded=True)
+    aligned = align_rows(expert_ids[None], chosen.long() - 1, 1, num_experts, block_size, capacity)
+    total = int(aligned.totals)
+    return AlignedRow(aligned.tokens[0, 0, :total], aligned.experts[0, 0, : total // block_size])
 
 
 def padded_capacity(pairs: int, num_experts: int, block_size: int, *, rounded: bool) -> int:

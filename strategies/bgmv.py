@@ -14,6 +14,7 @@ from kernelfuzz.strategies import contents
 from kernelfuzz.strategies.adapters import ranks
 from kernelfuzz.strategies.batches import BASE, BATCH_REGIMES, Batch, batch_regimes, batches
 from kernelfuzz.strategies.case import Case as BaseCase
+from kernelfuzz.strategies.devices import USUAL, Placement
 from kernelfuzz.strategies.dtypes import DTYPES, Dtype
 from kernelfuzz.strategies.layouts import Allocate, plain_allocator
 from kernelfuzz.strategies.sizes import padded_widths, sizes
@@ -92,6 +93,7 @@ def cases(
     max_columns: int = 150,
     max_segments: int = 4,
     max_length: int = 8,
+    placement: st.SearchStrategy[Placement] = USUAL,
 ) -> Case:
     """Draw a case. The simplest has one token; every argument narrows a dimension.
 
@@ -130,6 +132,7 @@ def cases(
         scale=draw(st.sampled_from((1.0, 0.5, -1.75, 0.0, 0.7))) if shrink else 1.0,
         accumulate=draw(st.sampled_from(accumulating_shrink)) if shrink else draw(st.booleans()),
         weights_4d=draw(st.booleans()),
+        placement=draw(placement),
     )
 
 

@@ -5,9 +5,10 @@ import functools
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, Union
 
+from kernelfuzz.strategies.devices import Placement
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 SCHEMA = 1
@@ -18,7 +19,7 @@ AnyCase = TypeVar("AnyCase", bound="Case")
 
 @dataclass(frozen=True)
 class Case:
-    """One launch of one target: a drawn structure and one content seed, no tensors.
+    """One launch of one target: a drawn structure and one content seed, no tensors. `placement` says where it runs.
 
     Subclasses add the structure as fields of type int, float, bool, str, Literal, tuple, optional, or another frozen
     dataclass of such fields.
@@ -26,6 +27,7 @@ class Case:
 
     target: ClassVar[str]
     seed: int
+    placement: Placement = field(default=Placement(), kw_only=True)
 
     @property
     def size(self) -> int:
@@ -97,7 +99,9 @@ def _decode_dataclass(cls: type, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise KernelfuzzError(f"malformed case file: {where} is {value!r}, expected an object")
     wanted = _field_types(cls)
-    if set(value) != set(wanted):
-        names = ", ".join(sorted(set(value) ^ set(wanted)))
+    # A field with a default came later than the schema: older files lack it.
+    optional = {each.name for each in dataclasses.fields(cls) if each.default is not dataclasses.MISSING}
+    if wrong := set(value) ^ (set(wanted) - optional.difference(value)):
+        names = ", ".join(sorted(wrong))
         raise KernelfuzzError(f"malformed case file: fields of {where} missing or unknown: {names}")
-    return cls(**{name: _decode(inner, value[name], f"{where}.{name}") for name, inner in wanted.items()})
+    return cls(**{name: _decode(wanted[name], inner, f"{where}.{name}") for name, inner in value.items()})

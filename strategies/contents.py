@@ -7,6 +7,7 @@ by powers of two, so that a case found on one device replays on another.
 import functools
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -42,17 +43,27 @@ def seeds() -> st.SearchStrategy[int]:
     return st.integers(0, _MASK)
 
 
-def hash_bits(seed: int, name: str, count: int, device: torch.device | str) -> torch.Tensor:
-    """Return `count` hash values in [0, 2^32) as int64, one per index.
+def hash_bits(seed: int | Sequence[int], name: str, count: int, device: torch.device | str) -> torch.Tensor:
+    """Return `count` hash values in [0, 2^32), one per index, int64 [count]; for S seeds [S, count], row by row what a
+    seed alone gives.
 
     The finaliser of MurmurHash3 over an odd-multiplied index and a key from seed and name. 64-bit products wrap, which
     leaves their low 32 bits right on every device.
     """
-    key = zlib.crc32(f"{seed}/{name}".encode())
-    bits = torch.arange(1, count + 1, dtype=torch.int64, device=device).mul_(0x9E3779B1).add_(key).bitwise_and_(_MASK)
+    bits = torch.arange(1, count + 1, dtype=torch.int64, device=device).mul_(0x9E3779B1)
+    if isinstance(seed, int):
+        bits.add_(_key(seed, name))
+    else:
+        keys = torch.tensor([_key(one, name) for one in seed], dtype=torch.int64)
+        bits = bits + keys.to(device, non_blocking=True)[:, None]
+    bits.bitwise_and_(_MASK)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = bits.bitwise_xor_(bits >> shift).mul_(factor).bitwise_and_(_MASK)
     return bits.bitwise_xor_(bits >> 16)
+
+
+def _key(seed: int, name: str) -> int:
+    return zlib.crc32(f"{seed}/{name}".encode())
 
 
 def values(

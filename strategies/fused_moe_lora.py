@@ -4,19 +4,23 @@ output[t, j, slice s] (+)= w[t, j]? * B[s][l, e] (A[s][l, e] x[t]) for adapter l
 j.
 """
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from hypothesis import strategies as st
 
-from kernelfuzz.strategies import contents
+from kernelfuzz.strategies import contents, huge
 from kernelfuzz.strategies.adapters import disabled_adapters, enabled_mask, lora_ids, ranks
-from kernelfuzz.strategies.alignment import align_row, padded_capacity
+from kernelfuzz.strategies.alignment import align_rows, padded_capacity
 from kernelfuzz.strategies.batches import BATCH_REGIMES, Batch, batch_regimes, batches
 from kernelfuzz.strategies.case import Case as BaseCase
+from kernelfuzz.strategies.devices import USUAL, Placement
 from kernelfuzz.strategies.dtypes import DTYPES, Dtype
-from kernelfuzz.strategies.layouts import CONTIGUOUS, Allocate, Layout, layouts, plain_allocator
+from kernelfuzz.strategies.layouts import CONTIGUOUS, POISON_INTEGER, Allocate, Layout, layouts, plain_allocator
+from kernelfuzz.strategies.palette import from_palette
 from kernelfuzz.strategies.routing import InvalidIds, Routing, routings
 from kernelfuzz.strategies.sizes import sizes
 
@@ -73,14 +77,52 @@ class Case(BaseCase):
         return self.batch.num_tokens
 
     @property
+    def pairs(self) -> int:
+        """Number of (token, choice) pairs."""
+        return self.batch.num_tokens * self.top_k
+
+    @property
+    def input_rows(self) -> int:
+        """Rows of x: one for each pair where routed weights are multiplied, else one for each token."""
+        return self.pairs if self.mul_routed_weight else self.batch.num_tokens
+
+    @property
+    def output_columns(self) -> int:
+        """Columns of the output."""
+        return self.column_offset + self.slices * self.columns
+
+    @property
     def path(self) -> str:
         """The path that the newest release takes: small_batch, one_shot or two_kernel."""
         if self.fully_sharded or self.rank > ONE_SHOT_MAX_RANK:
             return "two_kernel"
-        work = self.batch.num_tokens * self.top_k * self.rank
+        work = self.pairs * self.rank
         if not self.aligned and self.rank <= SMALL_BATCH_MAX_RANK and work <= SMALL_BATCH_MAX_WORK:
             return "small_batch"
         return "one_shot"
+
+
+SPECIALISED = (
+    "num_experts",
+    "top_k",
+    "hidden",
+    "rank",
+    "columns",
+    "slices",
+    "dtype",
+    "aligned",
+    "block_size",
+    "fully_sharded",
+    "mul_routed_weight",
+    "add_inputs",
+    "column_offset",
+    "compute_units",
+    "shrink",
+    "expand",
+    "input_layout",
+    "output_gap",
+)
+"""Fields that the kernels are compiled for: constants, and integers by whether they are 1 or multiples of 16."""
 
 
 @st.composite
@@ -106,16 +148,19 @@ def cases(
     max_columns: int = 272,
     max_segments: int = 4,
     max_length: int = 8,
+    placement: st.SearchStrategy[Placement] = USUAL,
+    palette: tuple[Case, ...] = (),
 ) -> Case:
     """Draw a case. The simplest has one token.
 
     Every argument narrows a dimension: a tuple holds what may be drawn, the simplest first, and max_... is the largest.
+    `palette`: see `from_palette`.
     """
     num_adapters = draw(st.integers(1, max_adapters))
     rank = draw(ranks(maximum=max_rank))
     sharded = draw(st.sampled_from(fully_sharded))
     two_kernel = sharded or rank > ONE_SHOT_MAX_RANK
-    return Case(
+    case = Case(
         seed=draw(contents.seeds()),
         batch=draw(batches(num_adapters, max_segments=max_segments, max_length=max_length, beyond=1)),
         num_adapters=num_adapters,
@@ -142,7 +187,9 @@ def cases(
         expand=draw(_tiles((64, 128), split=False)),
         input_layout=draw(layouts() if input_layout is None else input_layout),
         output_gap=draw(st.integers(0, 5)),
+        placement=draw(placement),
     )
+    return draw(from_palette(case, palette, SPECIALISED))
 
 
 @st.composite
@@ -155,13 +202,60 @@ def _tiles(draw: st.DrawFn, widths: tuple[int, ...], *, split: bool) -> Tiles:
     )
 
 
+@st.composite
+def huge_cases(draw: st.DrawFn, /, *, beyond: int = huge.BEYOND, **dimensions: Any) -> Case:
+    """Draw a case in which offsets into one weight, the input or the output cross `beyond` elements.
+
+    `dimensions` are arguments of `cases`. The batch is of the last adapters and often of the last expert.
+    """
+    few = {"max_top_k": 2, "max_rank": SMALL_BATCH_MAX_RANK, "max_segments": 2, "max_length": 1}
+    case = draw(cases(**{**few, **dimensions}))
+    tensor = draw(st.sampled_from(("lora_a", "lora_b", "input", "output")))
+    rank, hidden, columns = case.rank, case.hidden, case.columns
+    adapters, experts = case.num_adapters, case.num_experts
+    if tensor in ("lora_a", "lora_b"):
+        rank = draw(st.sampled_from((16, 32, 64)))
+        width = draw(huge.widths(huge.side(beyond) // 8, huge.side(beyond)))
+        hidden, columns = (width, columns) if tensor == "lora_a" else (hidden, width)
+        adapters, experts = draw(huge.stacks(rank * width, beyond, case.num_adapters))
+    case = dataclasses.replace(
+        case,
+        batch=huge.last_adapters(case.batch, case.num_adapters, adapters),
+        num_adapters=adapters,
+        disabled=tuple(huge.renumber(adapter, case.num_adapters, adapters) for adapter in case.disabled),
+        num_experts=experts,
+        routing=dataclasses.replace(case.routing, style=draw(st.sampled_from(("last_expert", case.routing.style)))),
+        hidden=hidden,
+        rank=rank,
+        columns=columns,
+        slices=case.slices if tensor in ("input", "output") else 1,
+        add_inputs=case.add_inputs or case.fully_sharded,
+    )
+    if tensor == "input":
+        gap = draw(huge.row_gaps(case.input_rows, case.hidden * case.input_layout.step, beyond))
+        case = dataclasses.replace(case, input_layout=dataclasses.replace(case.input_layout, row_gap=gap))
+    elif tensor == "output":
+        case = dataclasses.replace(case, output_gap=draw(huge.row_gaps(case.pairs, case.output_columns, beyond)))
+    return case
+
+
+def huge_bytes(case: Case) -> int:
+    """Return the device memory that a case takes, in bytes, rounded up."""
+    matrices = case.rank * (case.hidden + case.columns)
+    weights = case.slices * case.num_adapters * case.num_experts * matrices
+    x = case.input_layout.extent((case.input_rows, case.hidden))
+    output = Layout(row_gap=case.output_gap).extent((case.pairs, case.output_columns))
+    itemsize = getattr(torch, case.dtype).itemsize
+    return huge.device_bytes(itemsize * (weights + x + output), case.pairs * matrices)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The tensors of a case. T tokens, k choices, K hidden, R rank, N columns, S slices, L adapters, E experts.
 
     - x: [T, K], or [T * k, K] with mul_routed_weight
     - lora_a: S tensors [L, E, R, K]; lora_b: S tensors [L, E, N, R]; NaN where no token needs them
-    - topk_weights: float32 [T, k]; topk_ids: int64 [T, k]
+    - topk_weights: float32 [T, k]; topk_ids: int64 [T, k] on the CPU, for the oracle
     - token_adapters: int32 [T]; lora_ids: int32; adapter_enabled: int32; num_active_loras: int32 [1] on the CPU
     - sorted_token_ids: int32 [L, P] or None; expert_ids: int32 [L, blocks], or the flat [T * k]
     - num_tokens_post_padded: int32 [L] or None; rows of adapters that are not in use are poison
@@ -182,13 +276,13 @@ class Inputs:
     num_tokens_post_padded: torch.Tensor | None
 
     def served_pairs(self) -> torch.Tensor:
-        """Return which (token, choice) pairs get a LoRA contribution, bool [T, k]."""
-        return served_tokens(self.case, self.token_adapters)[:, None] & (self.topk_ids >= 0)
+        """Return which (token, choice) pairs get a LoRA contribution, bool [T, k] on the CPU."""
+        return served_tokens(self.case)[:, None] & (self.topk_ids >= 0)
 
 
-def served_tokens(case: Case, token_adapters: torch.Tensor) -> torch.Tensor:
-    """Return which tokens have an adapter that is in range and enabled, bool [T]."""
-    adapters = token_adapters.long()
+def served_tokens(case: Case) -> torch.Tensor:
+    """Return which tokens have an adapter that is in range and enabled, bool [T] on the CPU."""
+    adapters = case.batch.token_adapters()
     served = (adapters >= 0) & (adapters < case.num_adapters)
     for adapter in case.disabled:
         served &= adapters != adapter
@@ -196,26 +290,31 @@ def served_tokens(case: Case, token_adapters: torch.Tensor) -> torch.Tensor:
 
 
 def make_inputs(case: Case, device: torch.device | str, allocate: Allocate | None = None) -> Inputs:
-    """Make the tensors of a case on `device`, with `allocate` or in plain memory."""
+    """Make the tensors of a case on `device`, with `allocate` or in plain memory.
+
+    Everything that depends on the routing is computed on the CPU and copied, so that nothing waits for the device.
+    """
     allocate = allocate or plain_allocator(device)
     dtype = getattr(torch, case.dtype)
     tokens, top_k = case.batch.num_tokens, case.top_k
 
-    def place(name: str, tensor: torch.Tensor, layout: Layout = CONTIGUOUS) -> torch.Tensor:
-        return allocate(name, tuple(tensor.shape), tensor.dtype, layout).copy_(tensor)
+    def place(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return allocate(name, tuple(tensor.shape), tensor.dtype).copy_(tensor, non_blocking=True)
 
     def values(name: str, *shape: int, style: contents.Style = case.contents, weights: bool = False) -> torch.Tensor:
         return contents.values(shape, dtype, style, case.seed, name, device, weights=weights)
 
-    token_adapters = case.batch.token_adapters(device)
-    topk_ids = case.routing.expert_ids(tokens, top_k, case.num_experts, case.seed, device)
-    served = served_tokens(case, token_adapters)[:, None] & (topk_ids >= 0)
+    token_adapters = case.batch.token_adapters()
+    topk_ids = case.routing.expert_ids(tokens, top_k, case.num_experts, case.seed, "cpu")
+    served = served_tokens(case)[:, None] & (topk_ids >= 0)
 
     rows_used = served.flatten() if case.mul_routed_weight else served.any(1)
+    rows = rows_used.nonzero().flatten().to(device, non_blocking=True)
     x = allocate("x", (rows_used.numel(), case.hidden), dtype, case.input_layout)
-    x[rows_used] = values("x", rows_used.numel(), case.hidden)[rows_used]
+    x[rows] = values("x", rows_used.numel(), case.hidden)[rows]
 
     blocks = torch.unique((token_adapters[:, None] * case.num_experts + topk_ids)[served])
+    blocks = blocks.to(device, non_blocking=True)
     # The intermediate does not cancel any more: large weights of one sign would take it beyond float16.
     b_style: contents.Style = "signed" if case.contents == "cancelling" else case.contents
     lora_a, lora_b = [], []
@@ -229,7 +328,7 @@ def make_inputs(case: Case, device: torch.device | str, allocate: Allocate | Non
 
     active = lora_ids(case.num_adapters, case.batch, case.descending_ids)
     visited = active.numel() if case.visit_all else len(case.batch.active())
-    sorted_ids, expert_ids, padded_totals = _alignment(case, topk_ids, token_adapters, allocate)
+    sorted_ids, expert_ids, padded_totals = _alignment(case, topk_ids, place)
     return Inputs(
         case=case,
         x=x,
@@ -250,26 +349,23 @@ def make_inputs(case: Case, device: torch.device | str, allocate: Allocate | Non
 
 
 def _alignment(
-    case: Case, topk_ids: torch.Tensor, token_adapters: torch.Tensor, allocate: Allocate
+    case: Case, topk_ids: torch.Tensor, place: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """Return sorted_token_ids, expert_ids and num_tokens_post_padded; rows of adapters not in use stay poison."""
+    """Return sorted_token_ids, expert_ids and num_tokens_post_padded; rows of adapters not in use are poison."""
     flat = topk_ids.flatten()
     if not case.aligned:
-        return None, allocate("expert_ids", (flat.numel(),), torch.int32).copy_(flat), None
-    capacity = padded_capacity(flat.numel(), case.num_experts, case.block_size, rounded=True)
+        return None, place("expert_ids", flat.int()), None
     rows = case.num_adapters
-    sorted_ids = allocate("sorted_token_ids", (rows, capacity), torch.int32)
-    expert_ids = allocate("expert_ids", (rows, capacity // case.block_size), torch.int32)
-    totals = allocate("num_tokens_post_padded", (rows,), torch.int32)
-    pair_adapters = token_adapters.repeat_interleave(case.top_k)
-    for adapter in set(case.batch.active()) & set(range(rows)) - set(case.disabled):
-        row = align_row(flat, pair_adapters == adapter, case.num_experts, case.block_size)
-        sorted_ids[adapter] = flat.numel()
-        sorted_ids[adapter, : row.padded_total] = row.tokens.int()
-        expert_ids[adapter] = -1
-        expert_ids[adapter, : row.experts.numel()] = row.experts.int()
-        totals[adapter] = row.padded_total
-    return sorted_ids, expert_ids, totals
+    capacity = padded_capacity(flat.numel(), case.num_experts, case.block_size, rounded=True)
+    pair_adapters = case.batch.token_adapters().repeat_interleave(case.top_k)
+    aligned = align_rows(flat[None], pair_adapters, rows, case.num_experts, case.block_size, capacity)
+    in_use = set(case.batch.active()) - set(case.disabled)
+    unused = torch.tensor([adapter not in in_use for adapter in range(rows)])
+    return (
+        place("sorted_token_ids", aligned.tokens[0].int().masked_fill_(unused[:, None], POISON_INTEGER)),
+        place("expert_ids", aligned.experts[0].int().masked_fill_(unused[:, None], POISON_INTEGER)),
+        place("num_tokens_post_padded", aligned.totals[0].int().masked_fill_(unused, POISON_INTEGER)),
+    )
 
 
 REGIMES = (

@@ -3,18 +3,22 @@
 shrink: y[s, m] = scale * A[s][l] x[m];  expand: out[m, slice s] (+)= B[s][l] y[s, m], for adapter l of token m.
 """
 
+import dataclasses
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from hypothesis import strategies as st
 
-from kernelfuzz.strategies import contents
+from kernelfuzz.strategies import contents, huge
 from kernelfuzz.strategies.adapters import ranks
 from kernelfuzz.strategies.batches import BASE, BATCH_REGIMES, Batch, batch_regimes, batches
 from kernelfuzz.strategies.case import Case as BaseCase
+from kernelfuzz.strategies.devices import USUAL, Placement
 from kernelfuzz.strategies.dtypes import DTYPES, Dtype
 from kernelfuzz.strategies.layouts import CONTIGUOUS, Allocate, Layout, layouts, plain_allocator
+from kernelfuzz.strategies.palette import from_palette
 from kernelfuzz.strategies.sizes import sizes
 
 Op = Literal["shrink", "expand"]
@@ -52,9 +56,36 @@ class Case(BaseCase):
         return self.batch.num_tokens
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of x: [tokens, hidden] for shrink, [slices, tokens, rank] for expand."""
+        tokens = self.batch.num_tokens
+        return (tokens, self.hidden) if self.op == "shrink" else (len(self.widths), tokens, self.rank)
+
+    @property
     def no_lora(self) -> bool:
         """Whether no token has an adapter, so that the call returns at once."""
         return set(self.batch.active()) <= {BASE}
+
+
+SPECIALISED = (
+    "op",
+    "hidden",
+    "rank",
+    "widths",
+    "dtype",
+    "float32_input",
+    "scale",
+    "add_inputs",
+    "column_offset",
+    "column_tail",
+    "weights_4d",
+    "visit_all",
+    "block_n",
+    "block_k",
+    "split_k",
+    "input_layout",
+)
+"""Fields that the kernels are compiled for: constants, and integers by whether they are 1 or multiples of 16."""
 
 
 @st.composite
@@ -74,8 +105,10 @@ def cases(
     max_columns: int = 272,
     max_segments: int = 6,
     max_length: int = 12,
+    placement: st.SearchStrategy[Placement] = USUAL,
+    palette: tuple[Case, ...] = (),
 ) -> Case:
-    """Draw a case. The simplest has one token; every argument narrows a dimension."""
+    """Draw a case. The simplest has one token; every argument narrows a dimension. `palette`: see `from_palette`."""
     num_adapters = draw(st.integers(1, max_adapters))
     chosen = draw(st.sampled_from(op))
     expand = chosen == "expand"
@@ -84,7 +117,7 @@ def cases(
     slices = draw(st.integers(1, max_slices))
     first = draw(width) if expand else 1
     widths = tuple(first if equal_widths or not expand else draw(width) for _ in range(slices))
-    return Case(
+    case = Case(
         seed=draw(contents.seeds()),
         op=chosen,
         batch=draw(batches(num_adapters, max_segments=max_segments, max_length=max_length)),
@@ -105,7 +138,46 @@ def cases(
         block_k=draw(st.sampled_from((64, 32, 256))),
         split_k=1 if expand else draw(st.sampled_from(split_k)),
         input_layout=draw(layouts()),
+        placement=draw(placement),
     )
+    return draw(from_palette(case, palette, SPECIALISED))
+
+
+@st.composite
+def huge_cases(draw: st.DrawFn, /, *, beyond: int = huge.BEYOND, **dimensions: Any) -> Case:
+    """Draw a case in which offsets into one weight or the input cross `beyond` elements.
+
+    `dimensions` are arguments of `cases`. The batch is of the last adapters; a weight is as wide as a vocabulary.
+    """
+    few = {"max_segments": 2, "max_length": 1}
+    case = draw(cases(**{**few, **dimensions}))
+    adapters, rank, hidden, widths = case.num_adapters, case.rank, case.hidden, case.widths
+    weights = draw(st.sampled_from((True, False)))
+    if weights:
+        rank = draw(st.sampled_from((64, 128)))
+        width = draw(huge.widths(huge.side(beyond), 3 * huge.side(beyond)))
+        hidden, widths = (width, (1,)) if case.op == "shrink" else (hidden, (width,))
+        adapters = max(adapters, beyond // (rank * width) + draw(st.sampled_from((1, 2, 0))))
+    case = dataclasses.replace(
+        case,
+        batch=huge.last_adapters(case.batch, case.num_adapters, adapters),
+        num_adapters=adapters,
+        rank=rank,
+        hidden=hidden,
+        widths=widths,
+    )
+    if weights:
+        return case
+    *rows, columns = case.input_shape
+    gap = draw(huge.row_gaps(math.prod(rows), columns * case.input_layout.step, beyond))
+    return dataclasses.replace(case, input_layout=dataclasses.replace(case.input_layout, row_gap=gap))
+
+
+def huge_bytes(case: Case) -> int:
+    """Return the device memory that a case takes, in bytes, rounded up."""
+    matrices = case.rank * (len(case.widths) * case.hidden if case.op == "shrink" else sum(case.widths))
+    x = case.input_layout.extent(case.input_shape) * (4 if case.float32_input else 2)
+    return huge.device_bytes(2 * case.num_adapters * matrices + x, case.batch.num_tokens * matrices)
 
 
 @dataclass(frozen=True)
@@ -125,28 +197,31 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device | str, allocate: Allocate | None = None) -> Inputs:
-    """Make the tensors of a case on `device`, with `allocate` or in plain memory."""
+    """Make the tensors of a case on `device`, with `allocate` or in plain memory.
+
+    What is filled is found on the CPU, so that nothing waits for the device.
+    """
     allocate = allocate or plain_allocator(device)
     dtype = getattr(torch, case.dtype)
-    adapters = case.batch.token_adapters(device)
-    active = [adapter for adapter in case.batch.active() if adapter != BASE]
+    adapters = case.batch.token_adapters()
+    served = (adapters != BASE).nonzero().flatten().to(device, non_blocking=True)
+    active = torch.tensor([adapter for adapter in case.batch.active() if adapter != BASE], dtype=torch.int64)
+    active = active.to(device, non_blocking=True)
 
-    tokens, slices = case.batch.num_tokens, len(case.widths)
-    shape: tuple[int, ...] = (tokens, case.hidden) if case.op == "shrink" else (slices, tokens, case.rank)
-    x = allocate("inputs", shape, torch.float32 if case.float32_input else dtype, case.input_layout)
-    x[..., adapters >= 0, :] = contents.values(shape, x.dtype, case.contents, case.seed, "x", device)[
-        ..., adapters >= 0, :
-    ]
+    x = allocate("inputs", case.input_shape, torch.float32 if case.float32_input else dtype, case.input_layout)
+    x[..., served, :] = contents.values(x.shape, x.dtype, case.contents, case.seed, "x", device)[..., served, :]
 
     weights = []
     for s, width in enumerate(case.widths):
         rows, columns = (case.rank, case.hidden) if case.op == "shrink" else (width, case.rank)
-        shape = (case.num_adapters, 1, rows, columns) if case.weights_4d else (case.num_adapters, rows, columns)
+        stacked = (case.num_adapters, 1) if case.weights_4d else (case.num_adapters,)
+        shape = (*stacked, rows, columns)
         weight = allocate(f"weights[{s}]", shape, dtype)
-        used = (len(active), *shape[1:])
+        used = (active.numel(), *shape[1:])
         weight[active] = contents.values(used, dtype, case.contents, case.seed, f"w/{s}", device, weights=True)
         weights.append(weight)
-    return Inputs(case, x, weights, allocate("token_lora_mapping", (tokens,), torch.int64).copy_(adapters))
+    token_adapters = allocate("token_lora_mapping", (case.size,), torch.int64).copy_(adapters, non_blocking=True)
+    return Inputs(case, x, weights, token_adapters)
 
 
 REGIMES = (

@@ -1,6 +1,8 @@
 """Cases for `moe_lora_align`: `moe_lora_align_block_size`, which sorts routed tokens by adapter and expert into padded
 blocks."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,7 +14,8 @@ from kernelfuzz.strategies.adapters import disabled_adapters, enabled_mask, lora
 from kernelfuzz.strategies.alignment import padded_capacity
 from kernelfuzz.strategies.batches import BATCH_REGIMES, Batch, batch_regimes, batches
 from kernelfuzz.strategies.case import Case as BaseCase
-from kernelfuzz.strategies.layouts import Allocate, plain_allocator
+from kernelfuzz.strategies.devices import USUAL, Placement
+from kernelfuzz.strategies.layouts import CONTIGUOUS, Allocate, Layout, plain_allocator
 from kernelfuzz.strategies.routing import ExpertMapStyle, InvalidIds, Routing, expert_map, routings
 from kernelfuzz.strategies.sizes import sizes
 
@@ -22,6 +25,13 @@ SMALL_BATCH_PAIRS = 1024
 SMALL_BATCH_EXPERTS = 64
 MAX_EXPERTS = 992
 TOO_MANY_EXPERTS = 1025
+
+STACKABLE = True
+"""make_inputs takes several content seeds of one structure at once, and the oracle what it makes of them."""
+
+STACK_GAP = 128
+"""Elements between the items of a stack, at least. Items start at multiples of it, so that each is as well aligned as
+an allocation of its own."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ def cases(
     expert_maps: tuple[ExpertMapStyle, ...] = ("none", "identity", "holes", "reversed_holes"),
     ids_dtype: tuple[IdsDtype, ...] = ("int32", "int64"),
     refusals: bool = True,
+    placement: st.SearchStrategy[Placement] = USUAL,
 ) -> Case:
     """Draw a case. The simplest has one token; arguments narrow dimensions, `refusals` allows calls that must be
     refused."""
@@ -97,6 +108,7 @@ def cases(
         block_size=draw(st.sampled_from((0, -1))) if refused == "block_size" else legal_block_size,
         rounded_capacity=draw(st.booleans()),
         ids_dtype=draw(st.sampled_from(ids_dtype)),
+        placement=draw(placement),
     )
 
 
@@ -117,23 +129,64 @@ class Inputs:
     expert_map: torch.Tensor | None
 
 
-def make_inputs(case: Case, device: torch.device | str, allocate: Allocate | None = None) -> Inputs:
-    """Make the tensors of a case on `device`, with `allocate` or in plain memory."""
+@dataclass(frozen=True)
+class Stack(Inputs):
+    """The tensors of one structure with S content seeds.
+
+    `topk_ids` and `expert_map` have a leading dimension of S; the rest does not depend on the seed. `case` is the
+    structure, whatever its seed.
+    """
+
+    seeds: tuple[int, ...]
+
+    def item(self, index: int) -> Inputs:
+        """Return the inputs of one seed, views of the stack's: bit for bit those that its case has alone."""
+        return Inputs(
+            case=dataclasses.replace(self.case, seed=self.seeds[index]),
+            topk_ids=self.topk_ids[index],
+            token_adapters=self.token_adapters,
+            lora_ids=self.lora_ids,
+            adapter_enabled=self.adapter_enabled,
+            expert_map=None if self.expert_map is None else self.expert_map[index],
+        )
+
+
+def stack_layout(length: int) -> Layout:
+    """Return the layout of [S, length], an item each row: no stray access of a few elements meets the next item."""
+    return Layout(row_gap=STACK_GAP + -length % STACK_GAP)
+
+
+def make_inputs(
+    case: Case, device: torch.device | str, allocate: Allocate | None = None, seeds: Sequence[int] | None = None
+) -> Inputs:
+    """Make the tensors of a case on `device`, with `allocate` or in plain memory; with `seeds`, those of a `Stack`.
+
+    Nothing waits for the device, and the number of operations does not depend on the number of seeds.
+    """
     allocate = allocate or plain_allocator(device)
+    if seeds is None:
+        return _make_stack(case, (case.seed,), device, allocate).item(0)
+    return _make_stack(case, tuple(seeds), device, allocate)
 
-    def place(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return allocate(name, tuple(tensor.shape), dtype).copy_(tensor)
 
-    ids = case.routing.expert_ids(case.batch.num_tokens, case.top_k, case.num_experts, case.seed, device)
-    mapping, _ = expert_map(case.expert_map, case.num_experts, case.seed)
+def _make_stack(case: Case, seeds: tuple[int, ...], device: torch.device | str, allocate: Allocate) -> Stack:
+    def place(name: str, tensor: torch.Tensor, dtype: torch.dtype, layout: Layout = CONTIGUOUS) -> torch.Tensor:
+        return allocate(name, tuple(tensor.shape), dtype, layout).copy_(tensor, non_blocking=True)
+
+    shape = (len(seeds), case.batch.num_tokens, case.top_k)
+    ids = case.routing.expert_ids(*shape[1:], case.num_experts, seeds, device).flatten(1)
+    mapping = expert_map(case.expert_map, case.num_experts, seeds, device)
+    if mapping is not None:
+        mapping = place("expert_map", mapping, torch.int32, stack_layout(case.num_experts))
     enabled = enabled_mask(case.num_adapters, case.batch, case.disabled)
-    return Inputs(
+    return Stack(
         case=case,
-        topk_ids=place("topk_ids", ids, getattr(torch, case.ids_dtype)),
-        token_adapters=place("token_lora_mapping", case.batch.token_adapters(device), torch.int32),
+        topk_ids=place("topk_ids", ids, getattr(torch, case.ids_dtype), stack_layout(case.pairs)).view(shape),
+        token_adapters=place("token_lora_mapping", case.batch.token_adapters(), torch.int32),
         lora_ids=place("lora_ids", lora_ids(case.num_adapters, case.batch, case.descending_ids), torch.int32),
         adapter_enabled=place("adapter_enabled", enabled, torch.int32),
-        expert_map=None if mapping is None else place("expert_map", mapping, torch.int32),
+        expert_map=mapping,
+        seeds=seeds,
     )
 
 

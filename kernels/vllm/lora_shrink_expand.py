@@ -33,7 +33,8 @@ def load(root: Path | None, device: torch.device) -> Kernel:
         # Keyed by address, which the allocator gives to other weights from case to case.
         utils._LORA_A_PTR_DICT.clear()
         utils._LORA_B_PTR_DICT.clear()
-        meta = metadata.LoRAKernelMeta.make(case.num_adapters, case.batch.num_tokens, device=inputs.x.device)
+        where = case.placement.spelled(inputs.x.device)
+        meta = metadata.LoRAKernelMeta.make(case.num_adapters, case.batch.num_tokens, device=where)
         meta.prepare_tensors(inputs.token_adapters)
         arguments = meta.meta_args(case.batch.num_tokens, specialize_active_lora=not case.visit_all)
         with reachable(*inputs.weights):

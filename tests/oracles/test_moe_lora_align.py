@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernelfuzz.oracles import moe_lora_align as oracle
 from kernelfuzz.strategies import moe_lora_align as strategy
 from kernelfuzz.strategies.batches import BASE, Batch, Segment
+from kernelfuzz.strategies.contents import seeds
+from kernelfuzz.strategies.layouts import plain_allocator
 from kernelfuzz.strategies.routing import Routing
 
 OUTPUTS = ("sorted_token_ids", "expert_ids", "num_tokens_post_pad")
@@ -93,6 +96,43 @@ def test_rows_are_those_of_a_loop(expectation, clauses, case):
         )
 
 
+@settings(max_examples=150)
+@given(SMALL, st.lists(seeds(), min_size=1, max_size=4))
+def test_a_stack_expects_of_each_item_what_its_case_expects_alone(expectation, case, several):
+    stack = strategy.make_inputs(case, "cpu", seeds=several)
+    _, together = expectation(oracle, stack)
+    assert together.error is None
+    groups = []
+    for i in range(len(several)):
+        _, alone = expectation(oracle, stack.item(i))
+        for name in OUTPUTS:
+            item, single = together.outputs[name], alone.outputs[name]
+            assert item.values[i].shape == item.region[i].shape == single.values.shape
+            assert item.clauses == single.clauses
+            assert item.region[i].tolist() == single.region.tolist()
+            assert item.values[i].tolist() == single.values.tolist()
+        groups += [(i, group) for group in alone.outputs["sorted_token_ids"].groups.tolist()]
+    # The same number for the same group of the same seed, and for no other.
+    numbers = together.outputs["sorted_token_ids"].groups.flatten().tolist()
+    assert len(set(zip(numbers, groups))) == len(set(numbers)) == len(set(groups))
+
+
+@settings(max_examples=60)
+@given(SMALL, st.integers(2, 5))
+def test_outputs_of_a_stack_lie_apart(case, count):
+    stack = strategy.make_inputs(case, "cpu", seeds=range(count))
+    alone = oracle.outputs(stack.item(0))
+    for name, spec in oracle.outputs(stack).items():
+        length = alone[name].shape[0]
+        assert spec.shape == (count, length)
+        assert spec.dtype == alone[name].dtype
+        output = plain_allocator("cpu")(name, spec.shape, spec.dtype, spec.layout)
+        assert all(item.is_contiguous() for item in output)
+        if length:
+            assert output.stride(0) - length >= 128
+            assert output.stride(0) * output.itemsize % 64 == 0
+
+
 def test_disabled_inactive_and_out_of_range_adapters_keep_their_rows(expectation, clauses):
     _, expected = expectation(oracle, strategy.make_inputs(case_with(disabled=(1,)), "cpu"))
     for name in OUTPUTS:
@@ -149,10 +189,11 @@ def test_output_shapes(expectation):
 )
 def test_bad_arguments_must_be_refused(expectation, changes, clause, text):
     case = case_with(**changes)
-    _, expected = expectation(oracle, strategy.make_inputs(case, "cpu"))
-    assert expected.error is not None
-    assert expected.error.clause == clause
-    assert expected.error.text == text
+    for inputs in (strategy.make_inputs(case, "cpu"), strategy.make_inputs(case, "cpu", seeds=(1, 2))):
+        _, expected = expectation(oracle, inputs)
+        assert expected.error is not None
+        assert expected.error.clause == clause
+        assert expected.error.text == text
     assert "refused" in strategy.regimes(case)
 
 

@@ -54,6 +54,14 @@ def test_the_hash_is_pinned():
     assert hash_bits(2**32 - 1, "w/0", 3, "cpu").tolist() == [454431006, 2100073371, 2126599915]
 
 
+@given(st.lists(seeds(), max_size=5), st.integers(0, 9))
+def test_several_seeds_hash_as_each_does_alone(several, count):
+    rows = hash_bits(several, "x", count, "cpu")
+    assert rows.shape == (len(several), count)
+    assert rows.dtype == torch.int64
+    assert rows.tolist() == [hash_bits(seed, "x", count, "cpu").tolist() for seed in several]
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_values_are_pinned(style):
     assert tuple(crc32(values((3, 17), dtype, style, 7, "x", "cpu")) for dtype in DTYPES) == PINNED[style]

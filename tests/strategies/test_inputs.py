@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernelfuzz.strategies import bgmv, fused_moe_lora, lora_shrink_expand, moe_lora_align
+from kernelfuzz.strategies.batches import Batch, Segment
+from kernelfuzz.strategies.contents import seeds
 from kernelfuzz.strategies.layouts import CONTIGUOUS, POISON_INTEGER, Layout, plain_allocator
+from kernelfuzz.strategies.routing import Routing
 
 TARGETS = (fused_moe_lora, lora_shrink_expand, bgmv, moe_lora_align)
 SMALL = {
@@ -209,3 +212,63 @@ def test_moe_lora_align_inputs(case):
     if case.routing.invalid == "none":
         assert bool(((inputs.topk_ids >= 0) & (inputs.topk_ids < case.num_experts)).all())
     assert case.max_blocks * max(case.block_size, 1) >= case.capacity
+
+
+@settings(max_examples=150)
+@given(small_cases[moe_lora_align], st.lists(seeds(), min_size=1, max_size=4))
+def test_an_item_of_a_stack_is_its_case_alone(case, several):
+    stack = moe_lora_align.make_inputs(case, "cpu", seeds=several)
+    assert stack.seeds == tuple(several)
+    for i, seed in enumerate(several):
+        item = stack.item(i)
+        alone = moe_lora_align.make_inputs(dataclasses.replace(case, seed=seed), "cpu")
+        assert item.case == alone.case
+        together, apart = tensors_of(item), tensors_of(alone)
+        assert {name: (tensor.dtype, tensor.shape, bits_of(tensor)) for name, tensor in together.items()} == {
+            name: (tensor.dtype, tensor.shape, bits_of(tensor)) for name, tensor in apart.items()
+        }
+        assert all(tensor.is_contiguous() for tensor in together.values())
+
+
+@settings(max_examples=60)
+@given(small_cases[moe_lora_align], st.lists(seeds(), min_size=2, max_size=4))
+def test_items_of_a_stack_lie_apart_in_one_allocation(case, several):
+    storages = {}
+
+    def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout = CONTIGUOUS) -> torch.Tensor:
+        assert name not in storages
+        storages[name] = plain_allocator("cpu")(name, shape, dtype, layout)
+        return storages[name]
+
+    stack = moe_lora_align.make_inputs(case, "cpu", allocate, several)
+    items = [tensors_of(stack.item(i)) for i in range(len(several))]
+    for name in ("token_adapters", "lora_ids", "adapter_enabled"):
+        assert len({item[name].data_ptr() for item in items}) == 1
+    for name in {"topk_ids", "expert_map"} & set(items[0]):
+        length = items[0][name].numel()
+        starts = [item[name].storage_offset() for item in items]
+        for start, end in zip(starts, starts[1:]) if length else ():
+            assert (end - start) * storages[name].itemsize % 64 == 0
+            between = storages[name].as_strided((end - start - length,), (1,), start + length)
+            assert between.numel() >= 128
+            assert set(between.tolist()) == {POISON_INTEGER}
+
+
+def test_items_of_a_stack_differ():
+    case = moe_lora_align.Case(
+        seed=0,
+        batch=Batch((Segment(0, 20),)),
+        num_adapters=1,
+        disabled=(),
+        descending_ids=False,
+        num_experts=30,
+        top_k=2,
+        routing=Routing("uniform"),
+        expert_map="holes",
+        block_size=16,
+        rounded_capacity=True,
+        ids_dtype="int64",
+    )
+    stack = moe_lora_align.make_inputs(case, "cpu", seeds=range(3))
+    assert len({tuple(ids.flatten().tolist()) for ids in stack.topk_ids}) == 3
+    assert len({tuple(mapping.tolist()) for mapping in stack.expert_map}) == 3

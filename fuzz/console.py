@@ -1,6 +1,7 @@
 """What a person sees of a campaign: a live table, then the failures and a summary. A consumer of events."""
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from kernelfuzz.fuzz.events import Event, FailureFound, JobFinished, JobStarted
+from kernelfuzz.fuzz.events import Event, FailureFound, JobFinished, JobStarted, KernelsCompiled
 from kernelfuzz.fuzz.files import FailureFiles
 from kernelfuzz.fuzz.summary import JobSummary, Summary
-from kernelfuzz.strategies.case import Case
+from kernelfuzz.strategies.case import Case, to_json
 
 _STATE_STYLES = {"running": "bold cyan", "shrinking": "bold yellow", "done": "green", "error": "bold red"}
 
@@ -34,8 +35,14 @@ class Display:
         match event:
             case FailureFound(job, name, failure) if not event.shrunk:
                 self._say(f"{failure.kind} in {job} at example {event.examples:,}: {name}; shrinking", "bold red")
-            case JobStarted(job, version) if not self._console.is_terminal:
-                self._say(f"{job}: version {version}, started")
+            case JobStarted(job, version, retried):
+                if retried:
+                    what = f"{retried} case(s) that were running when an earlier campaign was killed"
+                    self._say(f"{job}: starts with {what}", "bold yellow")
+                if not self._console.is_terminal:
+                    self._say(f"{job}: version {version}, started")
+            case KernelsCompiled(job, cases, seconds) if not self._console.is_terminal:
+                self._say(f"{job}: compiled kernels for {cases} cases in {seconds:.0f} s")
             case JobFinished(job, examples, error) if not self._console.is_terminal:
                 self._say(f"{job}: {examples:,} examples, {'error' if error else 'done'}")
 
@@ -54,7 +61,7 @@ class Display:
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("target and kernel", overflow="fold")
-        for name in ("examples", "per s", "err/bound", "failures"):
+        for name in ("examples", "cases", "per s", "err/bound", "failures"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("state", no_wrap=True)
         for entry in self._summary.jobs:
@@ -63,7 +70,8 @@ class Display:
             table.add_row(
                 what,
                 f"{entry.examples:,}",
-                f"{entry.examples / entry.seconds:,.0f}" if entry.seconds else "",
+                f"{entry.cases:,}",
+                f"{entry.cases / entry.seconds:,.0f}" if entry.seconds else "",
                 f"{entry.worst_ratio:.3f}" if entry.worst_ratio else "",
                 Text(str(len(entry.failures)), style="bold red" if entry.failures else ""),
                 Text(entry.state, style=_STATE_STYLES.get(entry.state, "dim")),
@@ -77,6 +85,11 @@ class Display:
         for entry in summary.jobs:
             if entry.error:
                 console.print(f"[bold red]error:[/] {escape(entry.error)}", soft_wrap=True)
+            for error, count in entry.errors.items():
+                what = f"{entry.job}: kernelfuzz could not judge {count} case(s), see {folder / 'errors'}: {error}"
+                console.print(f"[bold red]error:[/] {escape(what)}", soft_wrap=True)
+            if entry.replacements.workers:
+                self._say(f"{entry.job}: {_replacements(entry)}", "dim")
         for skipped in summary.skipped:
             what = escape(f"{skipped.target} on {skipped.kernel} ({skipped.device}): {skipped.reason}")
             console.print(f"[dim]skipped[/] {what}", soft_wrap=True)
@@ -94,6 +107,8 @@ class Display:
             f"{verdict} in {examples:,} examples; seed {summary.seed}; {escape(str(folder / 'summary.json'))}",
             soft_wrap=True,
         )
+        if self._files.problem:
+            console.print(f"[bold red]error:[/] {escape(self._files.problem)}", soft_wrap=True)
 
     def _failure(self, entry: JobSummary, found: FailureFound) -> Group:
         failure = found.failure
@@ -101,16 +116,28 @@ class Display:
         job = entry.job
         command = ["kernelfuzz", "run", job.target.name, "--kernel", str(job.kernel), "--device", str(job.device)]
         command += ["--case", str(self._files.folder(found) / "case.json")]
+        again = Text.assemble("  see it again: ", (shlex.join(command), "cyan"))
+        if not self._files.is_saved(found):
+            again = Text(f"  its case, which could not be saved: {json.dumps(to_json(found.case))}")
+        seen = f"first seen at example {found.examples:,} of {entry.examples:,}"
+        seen += f", in {entry.hits[found.fingerprint]:,} of them"
         lines = [
             Text(),
             Text.assemble((f"{failure.kind}", "bold red"), "  ", (found.fingerprint, "bold")),
             Text(f"  {failure.message}"),
             *element_lines(failure.elements),
-            Text(f"  {size} (first seen at example {found.examples:,} of {entry.examples:,}):"),
+            Text(f"  {size} ({seen}):"),
             *case_lines(found.case),
-            Text.assemble("  see it again: ", (shlex.join(command), "cyan")),
+            again,
         ]
         return Group(*lines)
+
+
+def _replacements(entry: JobSummary) -> str:
+    """Return what a reader should know of workers that died or hung."""
+    done = entry.replacements
+    text = f"{done.workers:,} worker(s) died or hung and were replaced"
+    return text + (f", {done.waits:,} time(s) with no spare ready" if done.waits else "")
 
 
 def element_lines(elements: tuple[dict[str, Any], ...]) -> Iterator[Text]:

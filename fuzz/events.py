@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kernelfuzz.fuzz.executor import Replacements
 from kernelfuzz.fuzz.job import Job, Skipped
 from kernelfuzz.fuzz.verdict import Failure, Verdict
 from kernelfuzz.strategies.case import Case
@@ -19,17 +20,34 @@ class CampaignStarted:
 
 @dataclass(frozen=True)
 class JobStarted:
-    """A job's kernel is loaded; `version` is what it says it is."""
+    """A job's kernel is loaded; `version` is what it says it is.
+
+    `retried` requests were running when an earlier campaign of this job was killed; they are run first.
+    """
 
     job: Job
     version: str
+    retried: int = 0
+
+
+@dataclass(frozen=True)
+class KernelsCompiled:
+    """The job's palette of `cases` was run once in parallel, to compile what it needs, in `seconds`."""
+
+    job: Job
+    cases: int
+    seconds: float
 
 
 @dataclass(frozen=True)
 class CaseFinished:
-    """A case was run: example number `examples`, or one more try to make a failure smaller where `shrinking`."""
+    """A structure was run: example number `examples`, or one more try to make a failure smaller where `shrinking`.
+
+    `case` has the content seed that the verdict is about: the failing one, or the first.
+    """
 
     job: Job
+    case: Case
     regimes: frozenset[str]
     verdict: Verdict
     examples: int
@@ -51,11 +69,12 @@ class FailureFound:
 @dataclass(frozen=True)
 class JobFinished:
     """A job is over after `examples`: its budget was spent, it was interrupted, or its kernel could not be loaded
-    (`error`)."""
+    (`error`). `replacements` counts the workers that died or hung."""
 
     job: Job
     examples: int = 0
     error: str = ""
+    replacements: Replacements = field(default_factory=Replacements)
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,7 @@ class CampaignFinished:
     interrupted: bool = False
 
 
-Event = CampaignStarted | JobStarted | CaseFinished | FailureFound | JobFinished | CampaignFinished
+Event = CampaignStarted | JobStarted | KernelsCompiled | CaseFinished | FailureFound | JobFinished | CampaignFinished
 Consumer = Callable[[Event], None]
 
 

@@ -1,29 +1,44 @@
-"""The executor: runs cases in a worker process of their own, which may die."""
+"""Executors: where the cases of a job run.
+
+A request is a structure and the content seeds to run it with; an executor answers each with a verdict, in order.
+"""
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from types import TracebackType
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
+from kernelfuzz.fuzz import worker
 from kernelfuzz.fuzz.job import Job
-from kernelfuzz.fuzz.verdict import Failure, Verdict
+from kernelfuzz.fuzz.verdict import Verdict
+from kernelfuzz.kernels.releases import home
 from kernelfuzz.strategies.case import Case, to_json
 from kernelfuzz.strategies.errors import KernelfuzzError
 
-CASE_SECONDS = 120.0
-"""A worker that is silent for longer hangs. Far above the slowest case, the first one of a kernel that is still
-built."""
 
-_STDERR_TAIL = 2000
+@dataclass(frozen=True)
+class Request:
+    """A structure to run with each of `seeds`, which take the place of the case's own."""
+
+    case: Case
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def alone(cls, case: Case) -> "Request":
+        """Return the request for one case."""
+        return cls(case, (case.seed,))
+
+    @cached_property
+    def message(self) -> bytes:
+        """The request as a line of JSON."""
+        return json.dumps({"case": to_json(self.case), "seeds": self.seeds, "rehearsal": False}).encode()
+
+    @property
+    def rehearsal(self) -> bytes:
+        """The same, to do everything but launch the kernel."""
+        return json.dumps({**json.loads(self.message), "rehearsal": True}).encode()
 
 
 @dataclass(frozen=True)
@@ -34,111 +49,96 @@ class LoadedKernel:
     dimensions: Mapping[str, Any]
 
 
-class Executor:
-    """Runs the cases of one job in a worker process; use it as a context manager.
+@dataclass
+class Replacements:
+    """How often a worker was replaced, and how often no spare one was ready then, so that the job had to wait."""
 
-    The process starts at once and loads its kernel in the background; `loaded` waits for it. A worker that dies or
-    hangs fails its case, and the next case gets a new one.
-    """
+    workers: int = 0
+    waits: int = 0
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        # Open until the worker is gone; a file, so that a chatty kernel cannot fill a pipe and stall.
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115
-        self._start()
 
-    def __enter__(self) -> "Executor":
-        return self
+class Executor(Protocol):
+    """Runs requests. Any method may raise KernelfuzzError where the kernel cannot be loaded (again)."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _start(self) -> None:
-        ours, theirs = Pipe()
-        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-        if self._job.device.type == "cpu" and self._job.implementation.triton:
-            environment["TRITON_INTERPRET"] = "1"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from kernelfuzz.fuzz.worker import main; main()", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=self._output,
-        )
-        theirs.close()
-        self._connection: Connection = ours
-        self._is_loaded = False
-        request = {"target": self._job.target.name, "kernel": str(self._job.kernel), "device": str(self._job.device)}
-        with suppress(ConnectionError):  # it died already, which `loaded` will say
-            self._connection.send_bytes(json.dumps(request).encode())
+    @property
+    def replacements(self) -> Replacements:
+        """What was replaced until now."""
 
     def loaded(self) -> LoadedKernel:
-        """Wait until the kernel is loaded. Raises KernelfuzzError if it cannot be, with the worker's reason."""
-        try:
-            answer = self._receive()
-        except (EOFError, ConnectionError):
-            raise KernelfuzzError(f"{self._job}: the worker died while it loaded the kernel: {self._death()}") from None
-        except TimeoutError:
-            raise KernelfuzzError(f"{self._job}: the kernel was not loaded within {CASE_SECONDS:g} s") from None
-        if "error" in answer:
-            raise KernelfuzzError(f"{self._job}: {answer['error']}")
-        self._is_loaded = True
-        return LoadedKernel(answer["version"], answer["dimensions"])
+        """Wait until the kernel is loaded."""
 
-    def run(self, case: Case) -> Verdict:
-        """Run one case. A worker that dies or hangs is a failure of kind crash or hang.
+    def has_room(self) -> bool:
+        """Whether another request can be submitted without waiting."""
 
-        Raises KernelfuzzError for a case that the harness itself cannot judge.
-        """
-        if not self._is_loaded:
-            self._start()
-            self.loaded()
-        try:
-            self._connection.send_bytes(json.dumps(to_json(case)).encode())
-            answer = self._receive()
-            if "error" in answer:
-                raise KernelfuzzError(f"{self._job}: {answer['error']}")
-            if not answer["usable"]:
-                self._stop()
-            return Verdict.from_json(answer["verdict"])
-        except (EOFError, ConnectionError):
-            failure = Failure("crash", "", self._cause(), f"the worker died: {self._death()}")
-        except TimeoutError:
-            failure = Failure("hang", "", "no_answer", f"no answer within {CASE_SECONDS:g} s")
-        self._stop()
-        return Verdict((failure,))
+    def submit(self, request: Request) -> None:
+        """Take a request, to be answered by `receive`."""
+
+    def receive(self, *, block: bool) -> list[tuple[Request, Verdict]]:
+        """Return what is answered, in the order of submission; with `block` at least one unless none is awaited."""
+
+    def run(self, request: Request) -> Verdict:
+        """Run one request while no other is awaited."""
 
     def close(self) -> None:
-        """End the worker."""
-        self._stop()
-        self._output.close()
+        """End what runs."""
 
-    def _receive(self) -> dict[str, Any]:
-        if not self._connection.poll(CASE_SECONDS):
-            raise TimeoutError
-        answer: dict[str, Any] = json.loads(self._connection.recv_bytes())
-        return answer
 
-    def _stop(self) -> None:
-        self._is_loaded = False
-        self._connection.close()
-        self._process.kill()
-        self._process.wait()
+def job_message(job: Job, sanitizer: str | None = None) -> dict[str, Any]:
+    """Return a worker's first message; `sanitizer` is the tool that watches it."""
+    return {
+        "target": job.target.name,
+        "kernel": str(job.kernel),
+        "device": str(job.device),
+        "sanitizer": sanitizer,
+    }
 
-    def _cause(self) -> str:
-        """Return the signal or status that the worker ended with."""
-        code = self._process.wait()
-        if code >= 0:
-            return f"exit_status_{code}"
-        return signal.Signals(-code).name if -code in set(signal.Signals) else f"signal_{-code}"
 
-    def _death(self) -> str:
-        """Return how the worker ended and the last line that it wrote."""
-        cause = self._cause()
-        size = self._output.seek(0, os.SEEK_END)
-        self._output.seek(max(0, size - _STDERR_TAIL))
-        lines = self._output.read().decode(errors="replace").strip().splitlines()
-        return f"{cause}: {lines[-1]}" if lines else cause
+def worker_environment(job: Job) -> dict[str, str]:
+    """Return the environment that a job's kernel is loaded in."""
+    environment = dict(os.environ)
+    if job.device.type == "cpu" and job.implementation.triton:
+        environment["TRITON_INTERPRET"] = "1"
+    # Kept from one campaign to the next; a specialisation takes a second to compile.
+    environment.setdefault("TRITON_CACHE_DIR", str(home() / "triton"))
+    return environment
+
+
+class LocalExecutor:
+    """Runs requests in this process, for a debugger. What ends or hangs a worker ends or hangs this process."""
+
+    def __init__(self, job: Job) -> None:
+        self.replacements = Replacements()
+        self._job = job
+        self._answers: list[tuple[Request, Verdict]] = []
+
+    def loaded(self) -> LoadedKernel:
+        """Load the kernel."""
+        os.environ.update(worker_environment(self._job))
+        try:
+            self._loaded = worker.load(job_message(self._job))
+        except KernelfuzzError as error:
+            raise KernelfuzzError(f"{self._job}: {error}") from error
+        kernel = self._loaded[1]
+        return LoadedKernel(kernel.version, json.loads(json.dumps(dict(kernel.dimensions))))
+
+    def has_room(self) -> bool:
+        """Whether another request can be submitted."""
+        return not self._answers
+
+    def submit(self, request: Request) -> None:
+        """Run a request at once."""
+        self._answers.append((request, self.run(request)))
+
+    def receive(self, *, block: bool) -> list[tuple[Request, Verdict]]:
+        """Return what was run since the last call."""
+        del block
+        answers, self._answers = self._answers, []
+        return answers
+
+    def run(self, request: Request) -> Verdict:
+        """Run one request."""
+        target, kernel, conditions = self._loaded
+        return worker.answer(target, kernel, json.loads(request.message), conditions)
+
+    def close(self) -> None:
+        """Do nothing: what was loaded stays in this process."""

@@ -2,10 +2,14 @@
 
 import json
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from kernelfuzz.fuzz.events import CampaignFinished, Event, FailureFound
+from kernelfuzz.fuzz.events import CampaignFinished, CaseFinished, Event, FailureFound
+from kernelfuzz.fuzz.executor import Request
 from kernelfuzz.fuzz.job import Job
 from kernelfuzz.fuzz.names import file_name
 from kernelfuzz.fuzz.summary import Summary, environment
@@ -63,15 +67,19 @@ def _refuse_constant(name: str) -> float:
 
 
 class FailureFiles:
-    """Keeps `failures/<fingerprint>/case.json` and `failure.json` below `folder` up to date. A consumer of events.
+    """Keeps `failures/<fingerprint>/case.json` and `failure.json` below `folder` up to date, and cases that the harness
+    could not judge in `errors/`. A consumer of events.
 
-    A second kernel with the same fingerprint in one campaign gets a folder that names it too.
+    A second kernel with the same fingerprint in one campaign gets a folder that names it too. What cannot be written
+    is kept in memory and tried again with the next failure and at the end.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
+        self.problem = ""
         self._folder = folder
         self._seed = seed
         self._owners: dict[str, Job] = {}
+        self._unsaved: dict[Path, Any] = {}
 
     def folder(self, found: FailureFound) -> Path:
         """Return the folder of a failure."""
@@ -81,42 +89,119 @@ class FailureFiles:
             name = file_name(name, str(found.job.kernel), str(found.job.device))
         return self._folder / "failures" / name
 
+    def is_saved(self, found: FailureFound) -> bool:
+        """Whether the failure's case is on disk."""
+        return self.folder(found) / "case.json" not in self._unsaved
+
     def __call__(self, event: Event) -> None:
         """Write a failure as soon as it is found, and again when it is shrunk."""
-        if not isinstance(event, FailureFound):
-            return
-        folder = self.folder(event)
-        write_json(folder / "case.json", to_json(event.case))
-        failure = event.failure
-        write_json(
-            folder / "failure.json",
-            {
+        match event:
+            case FailureFound():
+                self._unsaved |= self._documents(event)
+            case CaseFinished(job, case, _, verdict) if verdict.error:
+                name = file_name(str(job), verdict.error)[:120]
+                self._unsaved[self._folder / "errors" / f"{name}.json"] = to_json(case)
+            case CampaignFinished():
+                pass
+            case _:
+                return
+        try:
+            for path in list(self._unsaved):
+                write_json(path, self._unsaved[path])
+                del self._unsaved[path]
+            self.problem = ""
+        except KernelfuzzError as error:
+            self.problem = str(error)
+
+    def _documents(self, found: FailureFound) -> dict[Path, Any]:
+        folder, failure = self.folder(found), found.failure
+        return {
+            folder / "case.json": to_json(found.case),
+            folder / "failure.json": {
                 "schema": FAILURE_SCHEMA,
-                "fingerprint": event.fingerprint,
-                "target": event.job.target.name,
-                "kernel": str(event.job.kernel),
-                "device": str(event.job.device),
+                "fingerprint": found.fingerprint,
+                "target": found.job.target.name,
+                "kernel": str(found.job.kernel),
+                "device": str(found.job.device),
                 "kind": failure.kind,
                 "output": failure.output,
                 "clause": failure.clause,
                 "message": failure.message,
                 "elements": failure.elements,
-                "shrunk": event.shrunk,
-                "examples": event.examples,
+                "output_tail": failure.output_tail,
+                "shrunk": found.shrunk,
+                "examples": found.examples,
                 "seed": self._seed,
                 "environment": environment(),
             },
-        )
+        }
 
 
 class SummaryFile:
     """Writes `summary.json` when the campaign is over. A consumer of events, after the summary itself."""
 
     def __init__(self, folder: Path, summary: Summary) -> None:
+        self.problem = ""
         self._folder = folder
         self._summary = summary
 
     def __call__(self, event: Event) -> None:
         """Write the summary at the end."""
         if isinstance(event, CampaignFinished):
-            write_json(self._folder / "summary.json", self._summary.to_json())
+            try:
+                write_json(self._folder / "summary.json", self._summary.to_json())
+            except KernelfuzzError as error:
+                self.problem = str(error)
+
+
+class InFlightFile:
+    """The requests that a job's workers have now: on disk before they are launched, so that they outlive this process.
+
+    Use it as a context manager. A file that a killed campaign left is moved to `interrupted/`, and its requests are for
+    the caller to run again, once: should they end the campaign once more, the file stays there for a person to look at.
+
+    It is not flushed to the disk itself, which would take longer than most cases: it survives the death of processes,
+    not of the machine.
+    """
+
+    def __init__(self, folder: Path, job: Job) -> None:
+        name = file_name(str(job)) + ".jsonl"
+        self._path = folder / "running" / name
+        self._interrupted = folder / "interrupted" / name
+        self._job = job
+        self._was_left = False
+
+    def __enter__(self) -> "InFlightFile":
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                self._interrupted.parent.mkdir(exist_ok=True)
+                self._path.replace(self._interrupted)
+                self._was_left = True
+        return self
+
+    def left(self) -> list[Request]:
+        """Return the requests that an earlier campaign of this job left. A line that is cut off is left out."""
+        requests = []
+        for line in self._interrupted.read_text().splitlines() if self._was_left else ():
+            with suppress(ValueError, KeyError, TypeError, KernelfuzzError):
+                document = json.loads(line)
+                case = from_json(self._job.target.case_type, document["case"])
+                requests.append(Request(case, tuple(map(int, document["seeds"]))))
+        return requests
+
+    def record(self, requests: Sequence[Request]) -> None:
+        """Replace the file's content. A disk that is full costs no more than this record."""
+        with suppress(OSError):
+            self._path.write_bytes(b"".join(request.message + b"\n" for request in requests))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Delete the files: what came of their requests has been reported."""
+        for path in (self._path, self._interrupted) if self._was_left else (self._path,):
+            with suppress(OSError):
+                path.unlink()
+        for path in (self._path, self._interrupted):
+            with suppress(OSError):  # other jobs' files are there
+                path.parent.rmdir()

@@ -23,6 +23,21 @@ class Job:
     def __str__(self) -> str:
         return f"{self.target.name} on {self.kernel} ({self.device})"
 
+    @property
+    def compiles(self) -> bool:
+        """Whether Triton compiles a kernel for each class of cases, which takes a second."""
+        return self.implementation.triton and self.device.type != "cpu"
+
+    @property
+    def seeds(self) -> int:
+        """How many content seeds a drawn structure is run with: so many that drawing does not hold up the kernel.
+
+        On an H100 a structure is drawn in 2 ms; a stack of 32 cases of moe_lora_align takes about that long.
+        """
+        if self.device.type != "cpu":
+            return 32 if self.target.stackable else 8
+        return 1 if self.implementation.triton else 4  # interpreted kernels are slower than drawing
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -90,7 +105,8 @@ def named_jobs(targets: list[str], names: list[str], device: torch.device | None
 
 def _on_best_device(implementation: Implementation, name: KernelName, device: torch.device | None) -> Job | Skipped:
     """Return a job on `device`, or on the first device kind that can run the kernel; else why the last one cannot."""
-    devices = [torch.device(kind) for kind in DEVICE_KINDS] if device is None else [device]
+    written_for = [torch.device(kind) for kind in DEVICE_KINDS if kind in implementation.devices]
+    devices = written_for if device is None else [device]
     for candidate in devices:
         job = _job(implementation, name, candidate)
         if isinstance(job, Job):

@@ -1,65 +1,132 @@
-"""One case on one kernel in this process: inputs, oracle, guarded launch, verdict."""
+"""Cases on one kernel in this process: inputs, oracle, guarded launch, verdict."""
 
+import dataclasses
+import re
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from kernelfuzz.fuzz.buffers import Buffers
+from kernelfuzz.fuzz.buffers import Buffers, Memory
 from kernelfuzz.fuzz.targets import Target
 from kernelfuzz.fuzz.verdict import Failure, Verdict, by_severity, judge_output, judge_stray_write
 from kernelfuzz.kernels.base import Kernel, UnsupportedCaseError
 from kernelfuzz.kernels.interpreter import OutOfBoundsError
-from kernelfuzz.oracles.expectation import Expectation
+from kernelfuzz.oracles.expectation import ExpectedError
 from kernelfuzz.strategies.case import Case
+from kernelfuzz.strategies.devices import Placement, with_tensor_on_cpu
 
 _NOT_UNDER_TEST = ("torch", "triton", "kernelfuzz")
 
 
-class Stopwatch:
-    """Wall seconds by phase."""
+@dataclass(frozen=True)
+class Conditions:
+    """What the cases of a job are run under.
 
-    def __init__(self) -> None:
+    - memory: what lies behind a tensor. Guard pages in every second case only, those with even seeds: there tensors are
+      aligned to their elements and no further, and some kernels take another path then
+    - fills_scratch: memory that the kernel's host code allocates starts as NaN or the largest integer
+    """
+
+    device: torch.device
+    memory: Memory = "shared"
+    fills_scratch: bool = True
+
+    def buffers(self, case: Case) -> Buffers:
+        """Return the buffers for a case."""
+        unguarded = self.memory == "guarded" and case.seed % 2 == 1
+        return Buffers(self.device, case.seed, "shared" if unguarded else self.memory)
+
+
+class Stopwatch:
+    """Wall seconds by phase; on a GPU what a phase launched is waited for."""
+
+    def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
+        self._device = device
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
         """Count the time since the last lap towards `phase`."""
+        synchronize(self._device)
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
 
-def judge(target: Target, kernel: Kernel, case: Case, device: torch.device) -> Verdict:
-    """Run one case on a kernel and return the verdict. What the kernel raises becomes part of the verdict."""
-    watch = Stopwatch()
-    buffers = Buffers(device, case.seed)
-    inputs = target.make_inputs(case, device, buffers.allocate)
+def judge(target: Target, kernel: Kernel, case: Case, seeds: Sequence[int], conditions: Conditions) -> Verdict:
+    """Run a structure with each of the content seeds and return one verdict: the first failing seed's, or passed.
+
+    Targets that can are run with all seeds at once; what fails there is run again seed by seed.
+    """
+    together = None
+    if len(seeds) > 1 and target.stackable:
+        together = _judge(target, kernel, case, seeds, conditions)
+        if not together.failures or any(failure.kind == "crash" for failure in together.failures):
+            return together
+    worst, spent = 0.0, Counter[str]()
+    for number, seed in enumerate(seeds, start=1):
+        verdict = judge_alone(target, kernel, dataclasses.replace(case, seed=seed), conditions)
+        worst = max(worst, verdict.ratio)
+        spent.update(verdict.seconds)
+        if verdict.failures or verdict.rejected:
+            return dataclasses.replace(verdict, seed=seed, cases=number, seconds=dict(spent))
+    # What fails among other seeds and not alone is a failure still: the launches before it matter.
+    return together or Verdict(ratio=worst, cases=len(seeds), seconds=dict(spent))
+
+
+def judge_alone(target: Target, kernel: Kernel | None, case: Case, conditions: Conditions) -> Verdict:
+    """Run one case on a kernel and return the verdict. What the kernel raises becomes part of the verdict.
+
+    Without a kernel everything but the launch is done, so that what goes wrong then is not a kernel's fault.
+    """
+    return _judge(target, kernel, case, None, conditions)
+
+
+def _judge(
+    target: Target, kernel: Kernel | None, case: Case, seeds: Sequence[int] | None, conditions: Conditions
+) -> Verdict:
+    device = conditions.device
+    watch = Stopwatch(device)
+    buffers = conditions.buffers(case)
+    inputs = target.make_inputs(case, device, buffers.allocate, *([] if seeds is None else [seeds]))
     specs = target.outputs(inputs)
     outputs = {name: buffers.output(name, spec) for name, spec in specs.items()}
     initial = buffers.freeze()
     watch.lap("inputs")
     expectation = target.expect(inputs, initial)
     watch.lap("oracle")
+    launches = [(inputs, outputs)]
+    if seeds is not None:
+        launches = [(inputs.item(i), {name: each[i] for name, each in outputs.items()}) for i in range(len(seeds))]
+    forgotten = case.placement.tensor_on_cpu
+    if forgotten is not None:
+        launches = [(with_tensor_on_cpu(given, forgotten), written) for given, written in launches]
+    refused, failures = False, list[Failure]()
     try:
-        failures = _launch(kernel, inputs, outputs, expectation, device)
+        if kernel is not None:
+            with _placed(case.placement, device):
+                refused, failures = _launch(
+                    kernel, launches, expectation.error, conditions, lenient=forgotten is not None
+                )
     except UnsupportedCaseError as error:
         return Verdict(rejected=str(error), seconds=watch.seconds)
+    if any(failure.kind == "crash" for failure in failures):  # the device's memory cannot be read any more
+        return Verdict(tuple(failures), cases=len(launches), seconds=watch.seconds)
     watch.lap("kernel")
-    if device.type != "cpu" and any(failure.kind == "raised" for failure in failures):
-        # After a device error the memory cannot be read any more.
-        return Verdict(tuple(failures), seconds=watch.seconds)
     stray = [judge_stray_write(write) for write in buffers.stray_writes()]
     if any(failure.kind == "out_of_bounds" for failure in stray):
         # A write that ran out of an output may have reached an input behind it; that is the same mistake.
         stray = [failure for failure in stray if failure.kind == "out_of_bounds"]
     failures += stray
     worst = 0.0
-    if not any(failure.kind in ("raised", "not_raised", "out_of_bounds") for failure in failures):
+    if not refused and not any(failure.kind in ("raised", "not_raised", "out_of_bounds") for failure in failures):
         for name, expected in expectation.outputs.items():
             found, ratio = judge_output(
                 name, outputs[name], initial[name], expected, from_sentinel=specs[name].initial is None
@@ -67,31 +134,120 @@ def judge(target: Target, kernel: Kernel, case: Case, device: torch.device) -> V
             failures += found
             worst = max(worst, ratio)
     watch.lap("check")
-    return Verdict(by_severity(failures), worst, seconds=watch.seconds)
+    if forgotten is not None:  # whatever comes of it is one and the same mistake
+        failures = [dataclasses.replace(failure, output="", clause="tensor_on_cpu") for failure in failures]
+    return Verdict(by_severity(failures), worst, cases=len(launches), seconds=watch.seconds)
 
 
 def _launch(
-    kernel: Kernel, inputs: Any, outputs: dict[str, torch.Tensor], expectation: Expectation, device: torch.device
-) -> list[Failure]:
-    """Launch and synchronise; return a failure if it raised, or did not where it must."""
-    wanted = expectation.error
+    kernel: Kernel,
+    launches: Sequence[tuple[Any, Mapping[str, torch.Tensor]]],
+    wanted: ExpectedError | None,
+    conditions: Conditions,
+    *,
+    lenient: bool,
+) -> tuple[bool, list[Failure]]:
+    """Launch one after the other and wait for the device. Return whether the calls were refused, as `wanted` says or
+    as they may where one is `lenient`, and what failed."""
+    refused = False
+    with filled_scratch() if conditions.fills_scratch else nullcontext():
+        for inputs, outputs in launches:
+            try:
+                kernel.launch(inputs, outputs)
+            except UnsupportedCaseError:
+                raise
+            except OutOfBoundsError as error:
+                clause = f"{error.access}_in_{error.kernel}"
+                return False, [Failure("out_of_bounds", error.argument or "", clause, str(error))]
+            except Exception as error:
+                if unusable(conditions.device) is not None:
+                    return False, [_crash(error)]
+                if not lenient and not (wanted is not None and wanted.text in str(error)):
+                    return False, [_raised(error)]
+                refused = True
+            else:
+                if wanted is not None:
+                    message = f"accepted what must be refused with {wanted.text!r}"
+                    return False, [Failure("not_raised", "", wanted.clause, message)]
+    return refused, _settle(conditions.device)
+
+
+def _raised(error: Exception) -> Failure:
+    message = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+    return Failure("raised", "", f"{type(error).__name__}_in_{_raising_function(error)}", message)
+
+
+@contextmanager
+def _placed(placement: Placement, device: torch.device) -> Iterator[None]:
+    """Make current what the placement says. The tensors are made: the device has nothing left to do."""
+    if device.type == "cpu":
+        yield
+        return
+    backend = getattr(torch, device.type)
+    index = device.index or 0
+    if placement.other_device_current:
+        if backend.device_count() < 2:
+            raise UnsupportedCaseError(f"there is no other {device.type} device here")
+        index = (index + 1) % backend.device_count()
+    with ExitStack() as stack:
+        if placement.side_stream:
+            stack.enter_context(backend.stream(backend.Stream(device)))
+        stack.enter_context(backend.device(index))
+        yield
+
+
+def _settle(device: torch.device) -> list[Failure]:
+    """Wait for the launches; return what the device says of them: an error that ended its context, or one that the
+    host code left pending for whoever launches next."""
     try:
-        with filled_scratch():
-            kernel.launch(inputs, outputs)
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-    except UnsupportedCaseError:
-        raise
-    except OutOfBoundsError as error:
-        return [Failure("out_of_bounds", error.argument or "", f"{error.access}_in_{error.kernel}", str(error))]
-    except Exception as error:
-        if wanted is not None and wanted.text in str(error):
-            return []
-        message = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
-        return [Failure("raised", "", f"{type(error).__name__}_in_{_raising_function(error)}", message)]
-    if wanted is not None:
-        return [Failure("not_raised", "", wanted.clause, f"accepted what must be refused with {wanted.text!r}")]
+        synchronize(device)
+        _probe(device)
+    except RuntimeError as error:
+        if unusable(device) is not None:
+            return [_crash(error)]
+        return [Failure("raised", "", f"{_error_name(error)}_left_pending", f"left pending: {_first_line(error)}")]
     return []
+
+
+def _crash(error: Exception) -> Failure:
+    return Failure("crash", "", _error_name(error), f"the device is unusable: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _error_name(error: Exception) -> str:
+    """Return what the runtime calls the error: "CUDA error: an illegal memory access was encountered" as
+    illegal_memory_access."""
+    text = _first_line(error).rpartition("error: ")[2].lower()
+    text = re.sub(r"^an? | was encountered$|[^a-z0-9 ]", "", text)
+    return "_".join(text.split()[:8]) or type(error).__name__
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was launched. Raises RuntimeError for what went wrong there."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _probe(device: torch.device) -> None:
+    """Run a small operation. Raises RuntimeError for an error that an earlier launch left, and takes it away."""
+    if device.type != "cpu" and int(torch.ones(1, device=device) + 1) != 2:
+        raise RuntimeError("one and one is not two")
+
+
+def unusable(device: torch.device) -> str | None:
+    """Return why the device cannot be used any more, or None: an illegal access leaves a context in which every later
+    call fails."""
+    try:
+        _probe(device)
+    except RuntimeError:
+        try:
+            _probe(device)
+        except RuntimeError as error:
+            return _first_line(error)
+    return None
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.text import Text
 
 from kernelfuzz.fuzz.console import case_lines, element_lines
-from kernelfuzz.fuzz.executor import Executor
+from kernelfuzz.fuzz.executor import Request
 from kernelfuzz.fuzz.failures import fingerprint
+from kernelfuzz.fuzz.isolated import IsolatedExecutor
 from kernelfuzz.fuzz.job import default_jobs, named_jobs
 from kernelfuzz.strategies.case import Case
 from kernelfuzz.strategies.errors import KernelfuzzError
@@ -31,9 +32,11 @@ def replay_case(
         console.print(line)
     results = []
     for job in jobs:
-        with Executor(job) as executor:
+        with IsolatedExecutor(job) as executor:
             kernel = executor.loaded()
-            verdict = executor.run(case)
+            verdict = executor.run(Request.alone(case))
+        if verdict.error:
+            raise KernelfuzzError(f"{job}: the case cannot be judged: {verdict.error}")
         outcome = "rejected" if verdict.rejected else "FAILED" if verdict.failures else "passed"
         console.print(Text(f"{job} [{kernel.version}]: {outcome} {verdict.rejected}".rstrip()))
         for failure in verdict.failures:

@@ -11,6 +11,8 @@ import torch
 
 from kernelfuzz.fuzz import events
 from kernelfuzz.fuzz.events import Event, FailureFound
+from kernelfuzz.fuzz.executor import Replacements
+from kernelfuzz.fuzz.failures import fingerprint
 from kernelfuzz.fuzz.job import Job, Skipped
 
 SCHEMA = 1
@@ -21,7 +23,8 @@ class JobSummary:
     """What one job did.
 
     - examples: draws that looked for failures; cases: launches, those of the shrinker included; rejected: cases that
-      the kernel does not offer
+      the kernel does not offer; errors: cases that the harness could not judge, by what it said
+    - replacements: workers that died or hung; hits: in how many examples each fingerprint was seen
     - seconds: wall time since the kernel was loaded; spent: seconds of that by phase of a case
     - worst_ratio: the worst err/bound of a passing case; worst_ratios: the same by regime
     """
@@ -33,6 +36,9 @@ class JobSummary:
     examples: int = 0
     cases: int = 0
     rejected: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    replacements: Replacements = field(default_factory=Replacements)
+    hits: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     worst_ratio: float = 0.0
     regimes: Counter[str] = field(default_factory=Counter)
@@ -51,12 +57,16 @@ class JobSummary:
             "examples": self.examples,
             "cases": self.cases,
             "rejected": self.rejected,
+            "errors": dict(self.errors),
+            "workers_replaced": self.replacements.workers,
+            "waits_for_workers": self.replacements.waits,
             "seconds": round(self.seconds, 3),
             "spent": {phase: round(seconds, 3) for phase, seconds in self.spent.items()},
             "worst_ratio": self.worst_ratio,
             "worst_ratios": dict(sorted(self.worst_ratios.items())),
             "regimes": dict(sorted(self.regimes.items())),
             "failures": list(self.failures),
+            "hits": {name: self.hits[name] for name in self.failures},
         }
 
 
@@ -79,17 +89,19 @@ class Summary:
                 self.skipped, self.seed = skipped, seed
             case events.JobStarted(job, version):
                 entry = self.entry(job)
-                entry.version, entry.state = version, "running"
+                entry.version, entry.state = version, "compiling" if job.compiles else "running"
                 self._job_started = time.monotonic()
+            case events.KernelsCompiled(job):
+                self.entry(job).state = "running"
             case events.CaseFinished():
                 self._count(event)
             case events.FailureFound(job, name):
                 entry = self.entry(job)
                 entry.failures[name] = event
                 entry.state = "running" if event.shrunk else "shrinking"
-            case events.JobFinished(job, examples, error):
+            case events.JobFinished(job, examples, error, replacements):
                 entry = self.entry(job)
-                entry.examples = examples
+                entry.examples, entry.replacements = examples, replacements
                 entry.error, entry.state = error, "error" if error else "done"
             case events.CampaignFinished(interrupted):
                 self.finished, self.interrupted = True, interrupted
@@ -101,19 +113,21 @@ class Summary:
     def _count(self, event: events.CaseFinished) -> None:
         entry = self.entry(event.job)
         entry.seconds = time.monotonic() - self._job_started
-        entry.cases += 1
+        verdict = event.verdict
+        entry.cases += verdict.cases
         entry.examples = event.examples
-        entry.spent.update(event.verdict.seconds)
-        if event.verdict.rejected:
-            entry.rejected += 1
+        entry.spent.update(verdict.seconds)
+        if verdict.error:
+            entry.errors[verdict.error] += 1
+        entry.rejected += bool(verdict.rejected)
+        if event.shrinking or verdict.rejected or verdict.error:
             return
-        if event.shrinking:
-            return
+        entry.hits.update({fingerprint(event.job, failure) for failure in verdict.failures})
         entry.regimes.update(event.regimes)
-        if not event.verdict.failures:
-            entry.worst_ratio = max(entry.worst_ratio, event.verdict.ratio)
+        if not verdict.failures:
+            entry.worst_ratio = max(entry.worst_ratio, verdict.ratio)
             for regime in event.regimes:
-                entry.worst_ratios[regime] = max(entry.worst_ratios.get(regime, 0.0), event.verdict.ratio)
+                entry.worst_ratios[regime] = max(entry.worst_ratios.get(regime, 0.0), verdict.ratio)
 
     @property
     def failed(self) -> bool:
@@ -122,8 +136,8 @@ class Summary:
 
     @property
     def broken(self) -> bool:
-        """Whether any job could not do its work."""
-        return any(entry.error for entry in self.jobs)
+        """Whether any job could not do its work, or any case could not be judged."""
+        return any(entry.error or entry.errors for entry in self.jobs)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of summary.json."""

@@ -20,7 +20,10 @@ from kernelfuzz.strategies.errors import KernelfuzzError
 class Target:
     """One kernel contract: how its cases are drawn, made into tensors and judged.
 
-    The functions take the target's own case and inputs types; the engine only passes them on.
+    The functions take the target's own case and inputs types; the engine only passes them on. Where it is `stackable`,
+    make_inputs takes several content seeds at once, and outputs and expect take what it makes of them. Where it is
+    `specialised`, its kernels are compiled anew for classes of cases, and cases takes a `palette` to draw most from.
+    huge_cases draws the cases of the regime huge, where there is one.
     """
 
     name: str
@@ -30,6 +33,9 @@ class Target:
     regimes: Callable[[Any], set[str]]
     outputs: Callable[[Any], OutputSpecs]
     expect: Callable[[Any, Any], Expectation]
+    stackable: bool = False
+    specialised: bool = False
+    huge_cases: Callable[..., st.SearchStrategy[Any]] | None = None
 
 
 def _target(strategy: Any, oracle: Any) -> Target:
@@ -41,6 +47,9 @@ def _target(strategy: Any, oracle: Any) -> Target:
         regimes=strategy.regimes,
         outputs=oracle.outputs,
         expect=oracle.expect,
+        stackable=getattr(strategy, "STACKABLE", False),
+        specialised=bool(getattr(strategy, "SPECIALISED", ())),
+        huge_cases=getattr(strategy, "huge_cases", None),
     )
 
 

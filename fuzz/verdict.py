@@ -13,6 +13,8 @@ FailureKind = Literal[
     "crash",
     "hang",
     "out_of_bounds",
+    "race",
+    "uninitialised_read",
     "raised",
     "not_raised",
     "input_mutated",
@@ -34,6 +36,7 @@ class Failure:
     - clause: the contract's clause that was broken; for an exception its type and the function that raised it
     - message: one line for a person
     - elements: the first few differing elements, each with its index, what was expected and what was there
+    - output_tail: the end of what the worker printed before it died
     """
 
     kind: FailureKind
@@ -41,19 +44,26 @@ class Failure:
     clause: str
     message: str
     elements: tuple[dict[str, Any], ...] = ()
+    output_tail: str = ""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of one case: passed, rejected by the kernel, or failed.
+    """The outcome of a structure with one or several content seeds: passed, rejected by the kernel, or failed.
 
     - ratio: the worst |actual - value| / bound over the elements with a bound; 0 where there is none
+    - error: why the harness itself could not judge the case; says nothing of the kernel
+    - cases: how many seeds were run, the last of them failed or rejected if any
+    - seed: the content seed that failed; None where none did, or none alone
     - seconds: wall time by phase: inputs, oracle, kernel, check
     """
 
     failures: tuple[Failure, ...] = ()
     ratio: float = 0.0
     rejected: str = ""
+    error: str = ""
+    cases: int = 1
+    seed: int | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

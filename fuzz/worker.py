@@ -1,4 +1,4 @@
-"""The worker process: loads one kernel, then answers cases with verdicts until its connection closes.
+"""The worker: loads one kernel, then answers requests with verdicts until its connection closes.
 
 Messages are JSON in both directions. The first one in names the job; the first one out says that the kernel is loaded,
 or why not. stdout and stderr belong to the code under test.
@@ -7,7 +7,6 @@ or why not. stdout and stderr belong to the code under test.
 import json
 import os
 import select
-import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
@@ -15,20 +14,27 @@ from typing import Any
 
 import torch
 
-from kernelfuzz.fuzz.launch import filled_scratch, judge
-from kernelfuzz.fuzz.targets import get_target
+from kernelfuzz.fuzz.buffers import Memory
+from kernelfuzz.fuzz.forkserver import ignore_signals
+from kernelfuzz.fuzz.launch import Conditions, filled_scratch, judge, judge_alone, unusable
+from kernelfuzz.fuzz.targets import Target, get_target
+from kernelfuzz.fuzz.verdict import Verdict
 from kernelfuzz.kernels import registry
-from kernelfuzz.kernels.base import KernelName
+from kernelfuzz.kernels.base import Kernel, KernelName
 from kernelfuzz.strategies.case import from_json
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 
 def main() -> None:
-    """Serve the connection whose file descriptor is the first argument."""
-    # These reach the whole process group; the parent decides, and closes the connection.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    descriptor = int(sys.argv[1])
+    """Be a worker for the connection whose file descriptor is the first argument: a program of its own."""
+    ignore_signals()
+    run(int(sys.argv[1]))
+
+
+def run(descriptor: int) -> None:
+    """Be a worker for the connection with this file descriptor."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # the last words before a crash count
     threading.Thread(target=_end_with_the_other_side, args=(descriptor,), daemon=True).start()
     serve(Connection(descriptor))
 
@@ -41,14 +47,14 @@ def _end_with_the_other_side(descriptor: int) -> None:
     os._exit(1)
 
 
-def serve(connection: Connection) -> None:
-    """Load the kernel that the first message names and answer cases until the other side closes the connection."""
-    request = json.loads(connection.recv_bytes())
+def load(request: dict[str, Any]) -> tuple[Target, Kernel, Conditions]:
+    """Load the kernel that a job's first message names, and return with it what its cases are run under.
+
+    Raises KernelfuzzError, in one line, if it cannot be loaded.
+    """
     device = torch.device(request["device"])
     target = get_target(request["target"])
     name = KernelName.parse(request["kernel"])
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # the tensors are small, and the parent draws on the other core
     try:
         implementation = registry.find(target.name, name)
         if implementation is None:
@@ -56,34 +62,53 @@ def serve(connection: Connection) -> None:
         kernel = implementation.load(name, device)
     except Exception as error:
         text = str(error) if isinstance(error, KernelfuzzError) else f"{type(error).__name__}: {error}"
-        _send(connection, {"error": text.splitlines()[0] if text else repr(error)})
-        return
+        raise KernelfuzzError(text.splitlines()[0] if text else repr(error)) from error
+    import_all()
+    memory: Memory = "guarded" if implementation.guard_pages and device.type == "cpu" else "shared"
+    # A sanitizer knows where allocations end; and scratch that was filled would never count as uninitialised.
+    tool = request["sanitizer"]
+    return target, kernel, Conditions(device, memory if tool is None else "exact", fills_scratch=tool != "initcheck")
+
+
+def import_all() -> None:
+    """Import what torch imports when it is first used: half of it, which is no case's fault. Starts no thread."""
     with filled_scratch():
-        pass  # the first use imports half of torch, which is no case's fault
+        pass
+
+
+def serve(connection: Connection) -> None:
+    """Load the kernel that the first message names and answer requests until the other side closes the connection."""
+    request = json.loads(connection.recv_bytes())
+    if torch.device(request["device"]).type == "cpu":
+        torch.set_num_threads(1)  # the tensors are small, and the campaign draws on the other core
+    try:
+        target, kernel, conditions = load(request)
+    except KernelfuzzError as error:
+        _send(connection, {"error": str(error)})
+        return
     _send(connection, {"version": kernel.version, "dimensions": dict(kernel.dimensions)})
     while True:
         try:
-            message = connection.recv_bytes()
+            message = json.loads(connection.recv_bytes())
         except EOFError:
             return
-        try:
-            case = from_json(target.case_type, json.loads(message))
-            verdict = judge(target, kernel, case, device)
-        except Exception as error:  # what a kernel raises is in the verdict, so this is ours or the case file's
-            _send(connection, {"error": f"the case cannot be judged: {type(error).__name__}: {error}".splitlines()[0]})
-            continue
-        usable = _usable(device)
-        _send(connection, {"verdict": verdict.to_json(), "usable": usable})
-        if not usable:
+        verdict = answer(target, kernel, message, conditions)
+        broken = unusable(conditions.device)
+        _send(connection, {"verdict": verdict.to_json(), "usable": broken is None})
+        if broken is not None:
             return
 
 
-def _usable(device: torch.device) -> bool:
-    """Whether the device still works: an illegal access leaves a context in which every later call fails."""
+def answer(target: Target, kernel: Kernel, message: dict[str, Any], conditions: Conditions) -> Verdict:
+    """Return the verdict on a request. What goes wrong outside the kernel's launch is the harness's own error."""
     try:
-        return bool((torch.ones(1, device=device) + 1 == 2).all())
-    except RuntimeError:
-        return False
+        case = from_json(target.case_type, message["case"])
+        if message["rehearsal"]:
+            judge_alone(target, None, case, conditions)
+            return Verdict()
+        return judge(target, kernel, case, message["seeds"], conditions)
+    except Exception as error:  # what a kernel raises is in the verdict
+        return Verdict(error=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def _send(connection: Connection, message: dict[str, Any]) -> None:

@@ -6,18 +6,22 @@ import re
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from kernelfuzz.fuzz import events
-from kernelfuzz.fuzz.campaign import Budget, run_campaign
+from kernelfuzz.fuzz.campaign import Budget, Isolation, run_campaign
 from kernelfuzz.fuzz.console import Display
 from kernelfuzz.fuzz.files import FailureFiles, SummaryFile, read_case
 from kernelfuzz.fuzz.job import Job, Skipped, default_jobs, named_jobs
+from kernelfuzz.fuzz.regimes import require_regime
 from kernelfuzz.fuzz.replay import replay_case
+from kernelfuzz.fuzz.sanitizer import Tool
+from kernelfuzz.fuzz.sanitizer import find as find_sanitizer
 from kernelfuzz.fuzz.summary import Summary
 from kernelfuzz.fuzz.targets import get_target
 from kernelfuzz.kernels.registry import parse_device
@@ -42,6 +46,18 @@ def run(
     time: Annotated[str | None, typer.Option(help="Time for all together, like 90s, 10m, 2h. Default: 60s.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same cases. Default: a new one.")] = None,
     case: Annotated[Path | None, typer.Option(help="Run this one saved case instead.")] = None,
+    isolate: Annotated[
+        bool, typer.Option("--isolate/--no-isolate", help="Run cases in worker processes, or in this one (CPU only).")
+    ] = True,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes for each kernel. Default: as many as pay.", show_default=False)
+    ] = None,
+    sanitizer: Annotated[
+        str | None, typer.Option(help="Run under compute-sanitizer: memcheck, racecheck or initcheck (CUDA only).")
+    ] = None,
+    regime: Annotated[
+        str | None, typer.Option(help="Draw cases of robustness (GPU only) or huge instead of the usual ones.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the summary and the failures.")] = Path("kernelfuzz-out"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")] = False,
 ) -> None:
@@ -58,7 +74,10 @@ def run(
     for name in targets or []:
         get_target(name)
     budget = _budget(examples, time)
+    tool = _sanitizer(sanitizer)
     jobs, skipped = _jobs(targets or [], kernel or [], where)
+    isolation = _isolation(jobs, isolate, workers, tool)
+    chosen_regime = require_regime(regime, jobs)
     _require_writable(out)
     seed = random.randrange(2**32) if seed is None else seed
 
@@ -67,19 +86,22 @@ def run(
     summary = Summary()
     files = FailureFiles(out, seed)
     display = Display(console, summary, files)
-    bus = events.Bus([summary, files, SummaryFile(out, summary), display])
+    summary_file = SummaryFile(out, summary)
+    bus = events.Bus([summary, files, summary_file, display])
     try:
         with display.live():
-            run_campaign(jobs, skipped, budget, seed, out / "examples", bus)
+            run_campaign(jobs, skipped, budget, seed, out, bus, isolation, chosen_regime)
     finally:
         display.print_end(out)
+        if summary_file.problem and not files.problem:
+            console.print(f"[bold red]error:[/] {escape(summary_file.problem)}", soft_wrap=True)
     if as_json:
         print(json.dumps(summary.to_json(), indent=2))
     if summary.failed:
         raise typer.Exit(1)
     if summary.interrupted:
         raise typer.Exit(INTERRUPTED)
-    raise typer.Exit(2 if summary.broken else 0)
+    raise typer.Exit(2 if summary.broken or summary_file.problem else 0)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -104,6 +126,31 @@ def _jobs(targets: list[str], kernels: list[str], device: torch.device | None) -
             f"nothing can run here: {reasons}; 'kernelfuzz releases fetch --pinned' fetches the newest"
         )
     return jobs, skipped
+
+
+def _sanitizer(name: str | None) -> Tool | None:
+    """Return the sanitizer's tool of that name. Raises KernelfuzzError if there is none, or it is not installed."""
+    if name is None:
+        return None
+    for tool in get_args(Tool):
+        if tool == name:
+            find_sanitizer()
+            return cast(Tool, tool)
+    raise KernelfuzzError(f"--sanitizer {name!r}: expected one of {', '.join(get_args(Tool))}")
+
+
+def _isolation(jobs: list[Job], isolate: bool, workers: int | None, tool: Tool | None) -> Isolation:
+    """Return where the jobs run. Raises KernelfuzzError for what they cannot be run in."""
+    if workers is not None and workers < 1:
+        raise KernelfuzzError(f"--workers {workers}: expected at least 1")
+    for job in jobs:
+        if tool is not None and job.device.type != "cuda":
+            raise KernelfuzzError(f"--sanitizer watches CUDA kernels only: {job} is none, add --device cuda")
+        if not isolate and job.device.type != "cpu":
+            raise KernelfuzzError(f"--no-isolate: {job} could leave the device unusable for all that follows")
+    if not isolate and (len(jobs) > 1 or workers is not None or tool is not None):
+        raise KernelfuzzError("--no-isolate runs one target and one kernel in this process: name them, and no workers")
+    return Isolation(isolate, workers, tool)
 
 
 def _budget(examples: int | None, time: str | None) -> Budget:

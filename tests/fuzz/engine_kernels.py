@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -82,6 +83,72 @@ def _never_end():
     mark.with_suffix(".new").replace(mark)
     while True:
         time.sleep(3600)
+
+
+def _is_first_time():
+    """Whether the file $ENGINE_KERNELS_MARK was not there yet; it is now, with the process's id."""
+    mark = Path(os.environ["ENGINE_KERNELS_MARK"])
+    if mark.exists():
+        return False
+    mark.with_suffix(".new").write_text(str(os.getpid()))
+    mark.with_suffix(".new").replace(mark)
+    return True
+
+
+def waits_once(inputs, outputs):
+    """Right, but the first time it waits for whoever kills it."""
+    if _is_first_time():
+        time.sleep(3600)
+    right(inputs, outputs)
+
+
+def stops_once(inputs, outputs):
+    """Right, but the first time its process stops, as a machine's that is suspended."""
+    if _is_first_time():
+        os.kill(os.getpid(), signal.SIGSTOP)
+    right(inputs, outputs)
+
+
+def kills_itself(inputs, outputs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def mortal_seed(inputs, outputs):
+    """Right but with seed 2, which ends the process."""
+    if inputs.case.seed == 2:
+        os._exit(3)
+    right(inputs, outputs)
+
+
+def dies_of_every_third(inputs, outputs):
+    """Right but with seeds that 3 divides, which end the process."""
+    if inputs.case.seed % 3 == 0:
+        os._exit(5)
+    right(inputs, outputs)
+
+
+def reported(inputs, outputs):
+    """Right; above rank 8 the sanitizer has something to say of it, and above rank 16 the process ends too."""
+    right(inputs, outputs)
+    if rank(inputs.case) > 8:
+        with Path(os.environ["FAKE_SANITIZER_LOG"]).open("a") as log:
+            log.write(
+                "========= Invalid __global__ write of size 2 bytes\n"
+                "=========     at _expand_rows+0x10 in expand.py:3\n"
+                "=========     by thread (1,0,0) in block (0,0,0)\n"
+                "=========     Access at 0x1000 is out of bounds\n"
+                "=========\n"
+            )
+    if rank(inputs.case) > 16:
+        os._exit(3)
+
+
+def keeps_its_scratch(inputs, outputs):
+    """Right if the memory that it allocates is left as it is, zeros here."""
+    right(inputs, outputs)
+    fresh = torch.empty(1 << 22)
+    if fresh.isnan().any():
+        outputs["output"].zero_().sub_(1)
 
 
 def right_and_then_never_ends(inputs, outputs):

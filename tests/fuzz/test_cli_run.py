@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kernelfuzz.fuzz import sanitizer
 from kernelfuzz.fuzz.targets import TARGETS
 from kernelfuzz.strategies.case import to_json
 
@@ -286,6 +287,106 @@ def test_interruption_keeps_what_was_found(tmp_path, worker_environment):
     assert rank(case) > 8
 
 
+# What goes wrong around a campaign.
+
+
+def start(kernel, folder, environment, *options, before=""):
+    """Start a campaign of `kernel` with a mark file in `folder`; the statements of `before` are run first."""
+    command = ["-c", f"{before}\nfrom kernelfuzz.fuzz.cli import main; main()", "run", "bgmv", "--kernel", kernel]
+    return subprocess.Popen(
+        [sys.executable, *command, *options, "--seed", "1", "--out", str(folder / "out")],
+        cwd=folder,
+        env={
+            **environment,
+            "KERNELFUZZ_HOME": str(folder / "home"),
+            "ENGINE_KERNELS_MARK": str(folder / "mark"),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_campaign_leaves_what_it_found_and_what_was_running(tmp_path, worker_environment):
+    """The case that ran when it was killed is the first one of the next campaign."""
+    kernel = "engine_kernels:wrong_and_then_never_ends"
+    with start(kernel, tmp_path, worker_environment, "--examples", "100000") as killed:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "mark").exists() and killed.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        killed.kill()
+    name = "bgmv.engine_kernels-wrong_and_then_never_ends.wrong_value.output.product"
+    case = as_json((tmp_path / "out" / "failures" / name / "case.json").read_text())["case"]
+    assert rank(case) > 8
+    (running,) = (tmp_path / "out" / "running").iterdir()
+    in_flight = [json.loads(line) for line in running.read_text().splitlines()]
+    assert in_flight
+
+    with start(kernel, tmp_path, worker_environment, "--examples", "20") as again:
+        out, err = again.communicate(timeout=120)
+    assert (again.returncode, err) == (1, "")
+    assert f"starts with {len(in_flight)} case(s) that were running when an earlier campaign was killed" in out
+    assert not (tmp_path / "out" / "running").exists()
+    assert not (tmp_path / "out" / "interrupted").exists()
+
+
+FULL_DISK = """
+import errno, os, pathlib
+def full(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+os.fsync = pathlib.Path.write_bytes = full
+"""
+
+
+def test_full_disk_loses_nothing_that_was_found(tmp_path, worker_environment):
+    """What was found is printed, cases included."""
+    with start(TWO_BUGS, tmp_path, worker_environment, "--examples", "60", before=FULL_DISK) as process:
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (1, "")
+    assert "2 failure(s) in 60 examples" in out
+    assert f"error: cannot write {tmp_path / 'out' / 'failures'}" in out
+    assert "No space left on device" in out
+    marker = "its case, which could not be saved: "
+    cases = [json.loads(line.partition(marker)[2]) for line in out.splitlines() if marker in line]
+    assert sorted(rank(case["case"]) for case in cases) == [1, 9]
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_case_that_the_harness_cannot_judge_is_reported_as_ours(kernelfuzz, tmp_path):
+    outcome = kernelfuzz(
+        "run", "bgmv", "--kernel", "broken_harness:launch", "--examples", "300", "--seed", "1", "--json"
+    )
+    assert outcome.status == 2
+    (result,) = as_json(outcome.out)["results"]
+    assert result["failures"] == []
+    known = {"ZeroDivisionError: division by zero", "without launching the kernel: the worker died: exit_status_9"}
+    assert set() < result["errors"].keys() <= known
+    assert "kernelfuzz could not judge" in outcome.err
+    saved = sorted((tmp_path / "kernelfuzz-out" / "errors").iterdir())
+    assert len(saved) == len(result["errors"])
+    assert {rank(as_json(path.read_text())["case"]) for path in saved} <= {5, 6}
+
+
+def test_kernel_can_be_run_in_the_campaigns_own_process(tmp_path, worker_environment):
+    options = ("--examples", "40", "--no-isolate", "--json")
+    with start(TWO_BUGS, tmp_path, worker_environment, *options) as process:
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    (result,) = as_json(out)["results"]
+    assert (result["examples"], result["workers_replaced"]) == (40, 0)
+    assert sorted(result["failures"]) == sorted([WRONG_NAME, RAISED_NAME])
+
+
+def test_several_workers_find_what_one_finds(kernelfuzz):
+    found = []
+    for workers in (1, 3):
+        options = ("--examples", "60", "--seed", "7", "--workers", workers, "--out", f"out-{workers}", "--json")
+        outcome = kernelfuzz("run", "bgmv", "--kernel", TWO_BUGS, *options)
+        (result,) = as_json(outcome.out)["results"]
+        found.append((outcome.status, sorted(result["failures"]), result["hits"], result["cases"], result["regimes"]))
+    assert found[0] == found[1]
+
+
 # Bad input.
 
 
@@ -302,7 +403,7 @@ def assert_one_line(outcome, *texts):
     [
         (["no_such_target"], ["unknown target 'no_such_target'", *TARGETS]),
         (["--kernel", "no-such-kernel"], ["no kernel 'no-such-kernel'", "vllm-xpu-kernels", "example"]),
-        (["moe_lora_align", "--kernel", "vllm@0.33.0"], ["no kernel 'vllm@0.33.0'", "vllm-xpu-kernels"]),
+        (["moe_lora_align", "--kernel", "vllm-torch@0.33.0"], ["no kernel 'vllm-torch@0.33.0'", "vllm-xpu-kernels"]),
         (["--kernel", "vllm@"], ["malformed kernel name 'vllm@'", "NAME@VERSION"]),
         (["--kernel", "two words"], ["malformed kernel name 'two words'"]),
         (["--kernel", ""], ["malformed kernel name ''"]),
@@ -319,6 +420,19 @@ def assert_one_line(outcome, *texts):
         ),
         (["bgmv", "--kernel", "example", "--device", "cuda:x"], ["unknown device 'cuda:x'"]),
         (["bgmv", "--kernel", "example", "--device", ""], ["unknown device ''"]),
+        (["bgmv", "--kernel", "example", "--workers", "0"], ["--workers 0: expected at least 1"]),
+        (
+            ["bgmv", "--kernel", "example", "--kernel", "example@padded_vocab", "--no-isolate"],
+            ["--no-isolate runs one target and one kernel"],
+        ),
+        (["bgmv", "--kernel", "example", "--no-isolate", "--workers", "2"], ["--no-isolate runs one target"]),
+        (["bgmv", "--kernel", "example", "--sanitizer", "valgrind"], ["'valgrind': expected one of memcheck, race"]),
+        (
+            ["bgmv", "--kernel", "example", "--sanitizer", "memcheck"],
+            ["compute-sanitizer is not installed: it is part of NVIDIA's CUDA toolkit"],
+        ),
+        (["bgmv", "--kernel", "example", "--regime", "large"], ["--regime 'large': expected one of robustness, huge"]),
+        (["bgmv", "--kernel", "example", "--regime", "robustness"], ["--regime robustness needs a GPU"]),
         (["--examples", "0"], ["--examples 0: expected at least 1"]),
         (["--examples", "-3"], ["--examples -3: expected at least 1"]),
         (["--time", "0"], ["--time '0': expected a positive time like 90s, 10m or 2h"]),
@@ -333,7 +447,10 @@ def assert_one_line(outcome, *texts):
     ],
     ids=" ".join,
 )
-def test_bad_input_is_one_line(kernelfuzz, tmp_path, arguments, texts):
+def test_bad_input_is_one_line(kernelfuzz, tmp_path, monkeypatch, arguments, texts):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(sanitizer, "DEFAULT_CUDA", tmp_path)
     (tmp_path / "a-file").touch()
     if "--out" in arguments:
         arguments = ["bgmv", "--kernel", RIGHT, "--examples", "1", *arguments]

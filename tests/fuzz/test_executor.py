@@ -1,6 +1,9 @@
 """The executor: cases in a worker process that may die, hang, or never come up."""
 
+import dataclasses
+import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +16,9 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.database import InMemoryExampleDatabase
 
-from kernelfuzz.fuzz import events, executor
-from kernelfuzz.fuzz.executor import Executor, LoadedKernel
+from kernelfuzz.fuzz import events, forkserver, isolated, worker_process
+from kernelfuzz.fuzz.executor import LoadedKernel, Request
+from kernelfuzz.fuzz.isolated import Fleet, IsolatedExecutor
 from kernelfuzz.fuzz.job import named_jobs
 from kernelfuzz.fuzz.search import Search
 from kernelfuzz.strategies.case import to_json
@@ -70,19 +74,23 @@ def _environment(worker_environment, mark):
 @pytest.fixture(scope="module")
 def mortal(engine_job):
     """A loaded executor of the kernel that ranks 2, 3 and 4 end."""
-    with Executor(engine_job("mortal")) as loaded:
+    with IsolatedExecutor(engine_job("mortal")) as loaded:
         assert loaded.loaded() == LoadedKernel("user", {})
         yield loaded
 
 
+def run(executor, case, *seeds):
+    return executor.run(Request(case, seeds or (case.seed,)))
+
+
 def assert_right(verdict):
     assert verdict.failures == ()
-    assert verdict.rejected == ""
+    assert (verdict.rejected, verdict.error) == ("", "")
     assert set(verdict.seconds) == {"inputs", "oracle", "kernel", "check"}
 
 
 def test_verdict_of_a_right_kernel(mortal, shrink_case):
-    verdict = mortal.run(shrink_case(5, tokens=3))
+    verdict = run(mortal, shrink_case(5, tokens=3))
     assert_right(verdict)
     assert 0.0 <= verdict.ratio <= 1.0
 
@@ -95,38 +103,208 @@ def test_verdict_of_a_right_kernel(mortal, shrink_case):
     ],
 )
 def test_death_fails_its_case_and_the_next_one_has_a_new_worker(mortal, shrink_case, rank, clause, message):
-    (failure,) = mortal.run(shrink_case(rank)).failures
+    (failure,) = run(mortal, shrink_case(rank)).failures
     assert (failure.kind, failure.output, failure.clause) == ("crash", "", clause)
     assert failure.message.startswith(message)
-    assert_right(mortal.run(shrink_case(5)))
+    assert_right(run(mortal, shrink_case(5)))
 
 
-def test_worker_that_is_killed_from_outside_is_a_crash(mortal, shrink_case, mark):
+@pytest.fixture
+def impatient(monkeypatch):
+    """Silence is noticed soon."""
+    monkeypatch.setattr(isolated, "FIRST_SECONDS", 1.0)
+    monkeypatch.setattr(isolated, "LEAST_SECONDS", 1.0)
+    monkeypatch.setattr(isolated, "CONFIRMING_TIMES", 10.0)
+
+
+def test_worker_that_somebody_kills_says_nothing_of_the_kernel(engine_job, shrink_case, mark):
+    """Whether it was a person or the system that needed memory: the case is run again, and passes."""
     mark.unlink(missing_ok=True)
-    assert_right(mortal.run(shrink_case(5)))
 
     def kill():
         if wait_until(mark.exists):
             os.kill(int(mark.read_text()), signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
-    killer.start()
-    (failure,) = mortal.run(shrink_case(4)).failures
-    killer.join()
+    with IsolatedExecutor(engine_job("waits_once")) as waits_once:
+        waits_once.loaded()
+        killer.start()
+        verdict = run(waits_once, shrink_case(4))
+        killer.join()
+        assert_right(verdict)
+        assert waits_once.replacements.workers == 1
+
+
+def test_kernel_that_kills_its_process_every_time_is_a_crash(engine_job, shrink_case):
+    with IsolatedExecutor(engine_job("kills_itself")) as kills_itself:
+        kills_itself.loaded()
+        (failure,) = run(kills_itself, shrink_case(4)).failures
     assert (failure.kind, failure.clause) == ("crash", "SIGKILL")
-    assert_right(mortal.run(shrink_case(5)))
 
 
-def test_silence_is_a_hang_and_its_worker_is_gone(mortal, shrink_case, mark, monkeypatch):
+def test_silence_is_a_hang_and_its_worker_is_gone(mortal, shrink_case, mark, impatient, monkeypatch):
+    monkeypatch.setattr(isolated, "CONFIRMING_TIMES", 2.0)
     mark.unlink(missing_ok=True)
-    assert_right(mortal.run(shrink_case(5)))
-    with monkeypatch.context() as patch:
-        patch.setattr(executor, "CASE_SECONDS", 1.0)
-        (failure,) = mortal.run(shrink_case(4)).failures
-    assert (failure.kind, failure.clause, failure.message) == ("hang", "no_answer", "no answer within 1 s")
+    assert_right(run(mortal, shrink_case(5)))
+    (failure,) = run(mortal, shrink_case(4)).failures
+    assert (failure.kind, failure.clause, failure.message) == ("hang", "no_answer", "no answer within 2 s")
     assert wait_until(mark.exists)
     assert not is_running(int(mark.read_text()))
-    assert_right(mortal.run(shrink_case(5)))
+    assert_right(run(mortal, shrink_case(5)))
+
+
+def test_worker_that_is_stopped_is_no_hang(engine_job, shrink_case, mark, impatient):
+    mark.unlink(missing_ok=True)
+    with IsolatedExecutor(engine_job("stops_once")) as stops_once:
+        stops_once.loaded()
+        assert_right(run(stops_once, shrink_case(4)))
+        assert stops_once.replacements.workers == 1
+    assert not is_running(int(mark.read_text()))
+
+
+def test_patience_grows_with_the_slowest_case_seen(engine_job, monkeypatch, shrink_case):
+    """A kernel whose cases take long is no kernel that hangs."""
+    monkeypatch.setattr(isolated, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(isolated, "FIRST_SECONDS", 50.0)
+    with IsolatedExecutor(engine_job("right")) as right:
+        right.loaded()
+        monkeypatch.setattr(isolated.time, "monotonic", itertools.count(step=1.0).__next__)
+        for _ in range(4):
+            run(right, shrink_case(5))
+        monkeypatch.setattr(isolated, "SLOWEST_TIMES", 7.0)
+        slow = right.seconds_left
+        monkeypatch.setattr(isolated, "SLOWEST_TIMES", 0.0)
+        assert slow > right.seconds_left == 0.0
+
+
+# Several requests, several seeds, several workers.
+
+
+def test_seed_that_ends_the_process_is_found_among_several(engine_job, shrink_case):
+    with IsolatedExecutor(engine_job("mortal_seed")) as mortal_seed:
+        mortal_seed.loaded()
+        verdict = run(mortal_seed, shrink_case(5), 4, 1, 2, 3)
+        assert (verdict.failures[0].kind, verdict.seed, verdict.cases) == ("crash", 2, 3)
+        right = run(mortal_seed, shrink_case(5), 4, 1, 3)
+        assert (right.failures, right.seed, right.cases) == ((), None, 3)
+
+
+def seeds_of(answers):
+    return [request.case.seed for request, _ in answers]
+
+
+def test_requests_behind_one_that_ends_the_worker_are_answered_all_the_same(engine_job, shrink_case):
+    with IsolatedExecutor(engine_job("mortal_seed")) as mortal_seed:
+        mortal_seed.loaded()
+        cases = [dataclasses.replace(shrink_case(5), seed=seed) for seed in (1, 2, 3, 2)]
+        for case in cases:
+            assert mortal_seed.has_room()
+            mortal_seed.submit(Request.alone(case))
+        answers = []
+        while len(answers) < len(cases):
+            answers += mortal_seed.receive(block=True)
+        assert seeds_of(answers) == [1, 2, 3, 2]
+        assert [len(verdict.failures) for _, verdict in answers] == [0, 1, 0, 1]
+        assert mortal_seed.receive(block=True) == []
+
+
+def test_fleet_answers_in_order_and_loses_nothing(engine_job, shrink_case):
+    """Of 60 requests to three workers, 20 end theirs."""
+    fleet = Fleet(engine_job("dies_of_every_third"), 3)
+    try:
+        assert fleet.loaded() == LoadedKernel("user", {})
+        answers = []
+        for seed in range(60):
+            while not fleet.has_room():
+                answers += fleet.receive(block=True)
+            fleet.submit(Request.alone(dataclasses.replace(shrink_case(5), seed=seed)))
+            answers += fleet.receive(block=False)
+        while more := fleet.receive(block=True):
+            answers += more
+        assert seeds_of(answers) == list(range(60))
+        crashed = [request.case.seed for request, verdict in answers if verdict.failures]
+        assert crashed == list(range(0, 60, 3))
+        assert fleet.replacements.workers == 20
+    finally:
+        fleet.close()
+
+
+# Under a sanitizer, here a stand-in for it.
+
+
+@pytest.fixture
+def fake_sanitizer(tmp_path, monkeypatch):
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    shutil.copy(Path(__file__).with_name("fake_sanitizer.py"), tool)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_sanitizers_report_fails_its_case(engine_job, shrink_case, fake_sanitizer):
+    with IsolatedExecutor(engine_job("reported"), "memcheck") as watched:
+        watched.loaded()
+        for rank, kinds in ((5, []), (9, ["out_of_bounds"]), (5, []), (17, ["out_of_bounds", "crash"]), (5, [])):
+            verdict = run(watched, shrink_case(rank))
+            assert sorted(failure.kind for failure in verdict.failures) == sorted(kinds)
+            for failure in verdict.failures:
+                if failure.kind == "out_of_bounds":
+                    assert failure.clause == "write_in__expand_rows"
+                    assert "0x1000 is out of bounds" in failure.message
+        processes = descendants_of(watched._worker.process.pid) | {watched._worker.process.pid}
+    assert len(processes) == 2
+    assert wait_until(lambda: not any(map(is_running, processes)))
+
+
+@pytest.mark.parametrize(("tool", "fails"), [(None, True), ("memcheck", True), ("initcheck", False)])
+def test_scratch_is_filled_but_where_that_hides_what_is_looked_for(
+    engine_job, shrink_case, fake_sanitizer, tool, fails
+):
+    with IsolatedExecutor(engine_job("keeps_its_scratch"), tool) as watched:
+        watched.loaded()
+        assert bool(run(watched, shrink_case(5)).failures) == fails
+
+
+# What is ours.
+
+
+@pytest.fixture(scope="module")
+def broken_harness():
+    (job,) = named_jobs(["bgmv"], ["broken_harness:launch"], torch.device("cpu"))
+    with IsolatedExecutor(job) as loaded:
+        loaded.loaded()
+        yield loaded
+
+
+@pytest.mark.parametrize(
+    ("rank", "error"),
+    [
+        (5, "ZeroDivisionError: division by zero"),
+        (6, "without launching the kernel: the worker died: exit_status_9"),
+    ],
+)
+def test_what_breaks_the_oracle_is_not_the_kernels_failure(broken_harness, shrink_case, rank, error):
+    verdict = run(broken_harness, shrink_case(rank))
+    assert (verdict.failures, verdict.error) == ((), error)
+    assert_right(run(broken_harness, shrink_case(7)))
+
+
+def test_case_runs_in_this_process_too(engine_job, shrink_case, monkeypatch):
+    """In one of its own, since loading a kernel changes it."""
+    script = f"""
+import os, torch
+from kernelfuzz.fuzz.executor import LocalExecutor, Request
+from kernelfuzz.fuzz.job import named_jobs
+from kernelfuzz.fuzz.targets import get_target
+from kernelfuzz.strategies.case import from_json
+(job,) = named_jobs(["bgmv"], ["engine_kernels:wrong_above_rank_8"], torch.device("cpu"))
+local = LocalExecutor(job)
+print(local.loaded().version)
+for document in {[to_json(shrink_case(8)), to_json(shrink_case(9))]!r}:
+    local.submit(Request.alone(from_json(get_target("bgmv").case_type, document)))
+print([[failure.kind for failure in verdict.failures] for _, verdict in local.receive(block=True)])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["user", "[[], ['wrong_value']]"]
 
 
 def test_crash_shrinks_like_any_other_failure(mortal, shrink_case, engine_job):
@@ -134,17 +312,17 @@ def test_crash_shrinks_like_any_other_failure(mortal, shrink_case, engine_job):
     seen = []
     bus = events.Bus([seen.append])
     cases = st.integers(0, 3).map(lambda tokens: shrink_case(2, tokens) if tokens else shrink_case(5))
-    Search(engine_job("mortal"), mortal.run, bus, 2, None).run(cases, 1, InMemoryExampleDatabase())
+    Search(engine_job("mortal"), mortal, bus, 2, None).run(cases, 1, InMemoryExampleDatabase())
     first, last = [event for event in seen if isinstance(event, events.FailureFound)]
     assert first.fingerprint == last.fingerprint == "bgmv.engine_kernels-mortal.crash.exit_status_3"
     assert last.case == shrink_case(2)
 
 
 def test_what_a_kernel_prints_disturbs_nothing(engine_job, shrink_case, capfd):
-    with Executor(engine_job("chatty")) as chatty:
+    with IsolatedExecutor(engine_job("chatty")) as chatty:
         chatty.loaded()
         for rank in (5, 6):
-            assert_right(chatty.run(shrink_case(rank)))
+            assert_right(run(chatty, shrink_case(rank)))
     assert capfd.readouterr() == ("", "")
 
 
@@ -166,11 +344,11 @@ def test_kernel_that_cannot_be_loaded_is_one_line(broken, worker_environment, mo
         "needs_more:launch": "No module named 'no_such_dependency'",
         "syntax:launch": "SyntaxError: ",
         "raises_at_import:launch": "ValueError: first line",
-        "ends_at_import:launch": "the worker died while it loaded the kernel: exit_status_4: good night",
+        "ends_at_import:launch": "while it loaded the kernel the worker died: exit_status_4: good night",
     }
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(broken), worker_environment["PYTHONPATH"]]))
     jobs = {name: named_jobs(["bgmv"], [name], torch.device("cpu"))[0] for name in reasons}
-    executors = {name: Executor(job) for name, job in jobs.items()}
+    executors = {name: IsolatedExecutor(job) for name, job in jobs.items()}
     for name, reason in reasons.items():
         with executors[name] as starting, pytest.raises(KernelfuzzError) as error:
             starting.loaded()
@@ -181,21 +359,36 @@ def test_kernel_that_cannot_be_loaded_is_one_line(broken, worker_environment, mo
 
 
 def test_kernel_that_takes_too_long_to_load_is_one_line(engine_job, monkeypatch):
-    monkeypatch.setattr(executor, "CASE_SECONDS", 0.01)
-    with Executor(engine_job("right")) as starting, pytest.raises(KernelfuzzError, match=r"not loaded within 0\.01 s"):
+    monkeypatch.setattr(worker_process, "LOAD_SECONDS", 0.01)
+    with (
+        IsolatedExecutor(engine_job("right")) as starting,
+        pytest.raises(KernelfuzzError, match=r"not loaded within 0\.01 s"),
+    ):
         starting.loaded()
 
 
-def test_worker_that_dies_before_it_listens_is_one_line(engine_job, monkeypatch):
+def test_nothing_that_starts_workers_is_one_line(engine_job, monkeypatch):
+    monkeypatch.setattr(forkserver, "_servers", lambda: {})
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with Executor(engine_job("right")) as starting, pytest.raises(KernelfuzzError, match="exit_status_1"):
-        starting.loaded()
+    with pytest.raises(KernelfuzzError, match="the process that starts workers died: exit status 1"):
+        IsolatedExecutor(engine_job("right"))
+
+
+def test_fork_server_that_was_killed_is_replaced(engine_job, shrink_case, monkeypatch):
+    servers = {}
+    monkeypatch.setattr(forkserver, "_servers", lambda: servers)
+    with IsolatedExecutor(engine_job("right")) as right:
+        right.loaded()
+        (server,) = servers.values()
+        server.close()
+        assert_right(run(right, shrink_case(5)))
+        servers.popitem()[1].close()
 
 
 def test_close_ends_the_worker(engine_job):
-    before = children_of(os.getpid())
-    starting = Executor(engine_job("right"))
-    (worker,) = children_of(os.getpid()) - before
+    starting = IsolatedExecutor(engine_job("right"))
+    worker = starting._worker.process.pid
+    assert is_running(worker)
     starting.close()
     assert not is_running(worker)
     starting.close()
@@ -203,29 +396,36 @@ def test_close_ends_the_worker(engine_job):
 
 PARENT = """
 import torch
-from kernelfuzz.fuzz.executor import Executor
+from kernelfuzz.fuzz.executor import Request
+from kernelfuzz.fuzz.isolated import IsolatedExecutor
 from kernelfuzz.fuzz.job import named_jobs
 from kernelfuzz.fuzz.targets import get_target
 from kernelfuzz.strategies.case import from_json
 
-job, = named_jobs(["bgmv"], ["engine_kernels:mortal"], torch.device("cpu"))
-idle, busy = Executor(job), Executor(job)
+job, = named_jobs(["bgmv"], ["engine_kernels:{kernel}"], torch.device("cpu"))
+idle, busy = IsolatedExecutor(job), IsolatedExecutor(job)
 idle.loaded()
 busy.loaded()
-busy.run(from_json(get_target("bgmv").case_type, {case}))
+busy.run(Request.alone(from_json(get_target("bgmv").case_type, {case})))
 """
 
 
-def test_no_worker_outlives_a_parent_that_is_killed(shrink_case, mark):
-    """Neither one that waits for a case nor one that hangs in its kernel."""
+def descendants_of(pid):
+    children = children_of(pid)
+    return children.union(*map(descendants_of, children))
+
+
+@pytest.mark.parametrize("kernel", ["mortal", "stops_once"])
+def test_no_process_outlives_a_parent_that_is_killed(shrink_case, mark, kernel):
+    """Neither a worker that waits for a case nor one that hangs in its kernel, or is stopped, nor what forked them."""
     mark.unlink(missing_ok=True)
-    script = PARENT.replace("{case}", repr(to_json(shrink_case(4))))
+    script = PARENT.replace("{case}", repr(to_json(shrink_case(4)))).replace("{kernel}", kernel)
     with subprocess.Popen([sys.executable, "-c", script]) as parent:
         try:
             assert wait_until(lambda: mark.exists() or parent.poll() is not None)
-            workers = children_of(parent.pid)
+            processes = descendants_of(parent.pid)
         finally:
             parent.kill()
-    assert len(workers) == 2
-    assert int(mark.read_text()) in workers
-    assert wait_until(lambda: not any(map(is_running, workers)))
+    assert len(processes) == 3
+    assert int(mark.read_text()) in processes
+    assert wait_until(lambda: not any(map(is_running, processes)))

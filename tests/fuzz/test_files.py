@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kernelfuzz.fuzz import events
-from kernelfuzz.fuzz.files import FailureFiles, SummaryFile, read_case, write_json
+from kernelfuzz.fuzz.executor import Request
+from kernelfuzz.fuzz.files import FailureFiles, InFlightFile, SummaryFile, read_case, write_json
 from kernelfuzz.fuzz.summary import Summary
 from kernelfuzz.fuzz.verdict import Failure, Verdict
 from kernelfuzz.strategies.case import to_json
@@ -88,6 +89,7 @@ def test_failure_is_saved_as_found_and_again_when_shrunk(tmp_path, engine_job, s
         "clause": "product",
         "message": "wrong",
         "elements": [{"index": [0, 1], "expected": 1.5, "actual": "nan"}],
+        "output_tail": "",
         "shrunk": False,
         "examples": 17,
         "seed": 3,
@@ -100,12 +102,12 @@ def test_failure_is_saved_as_found_and_again_when_shrunk(tmp_path, engine_job, s
     assert names(folder) == ["case.json", "failure.json"]
 
 
-def test_other_events_write_nothing(tmp_path, engine_job):
+def test_other_events_write_nothing(tmp_path, engine_job, shrink_case):
     summary, job = Summary(), engine_job("right")
     bus = events.Bus([summary, FailureFiles(tmp_path, 3), SummaryFile(tmp_path, summary)])
     bus.emit(events.CampaignStarted((job,), (), 3))
     bus.emit(events.JobStarted(job, "user"))
-    bus.emit(events.CaseFinished(job, frozenset({"shrink"}), Verdict(ratio=0.5), 1, False))
+    bus.emit(events.CaseFinished(job, shrink_case(2), frozenset({"shrink"}), Verdict(ratio=0.5), 1, False))
     bus.emit(events.JobFinished(job, 1))
     assert names(tmp_path) == []
 
@@ -115,11 +117,15 @@ def test_summary_is_written_at_the_end(tmp_path, engine_job, shrink_case):
     bus = events.Bus([summary, SummaryFile(tmp_path, summary)])
     bus.emit(events.CampaignStarted((job,), (), 3))
     bus.emit(events.JobStarted(job, "user"))
-    bus.emit(events.CaseFinished(job, frozenset({"shrink"}), Verdict(ratio=0.5, seconds={"kernel": 0.25}), 1, False))
-    bus.emit(events.CaseFinished(job, frozenset({"expand"}), Verdict(rejected="not offered"), 2, False))
-    bus.emit(events.CaseFinished(job, frozenset({"shrink"}), Verdict((WRONG,), ratio=9.0), 3, False))
+    bus.emit(
+        events.CaseFinished(
+            job, shrink_case(2), frozenset({"shrink"}), Verdict(ratio=0.5, seconds={"kernel": 0.25}), 1, False
+        )
+    )
+    bus.emit(events.CaseFinished(job, shrink_case(3), frozenset({"expand"}), Verdict(rejected="not offered"), 2, False))
+    bus.emit(events.CaseFinished(job, shrink_case(2), frozenset({"shrink"}), Verdict((WRONG,), ratio=9.0), 3, False))
     bus.emit(events.FailureFound(job, NAME, WRONG, shrink_case(100), 3))
-    bus.emit(events.CaseFinished(job, frozenset({"shrink"}), Verdict((WRONG,), ratio=9.0), 3, True))
+    bus.emit(events.CaseFinished(job, shrink_case(2), frozenset({"shrink"}), Verdict((WRONG,), ratio=9.0), 3, True))
     bus.emit(events.FailureFound(job, NAME, WRONG, shrink_case(9), 3, shrunk=True))
     bus.emit(events.JobFinished(job, 3))
     bus.emit(events.CampaignFinished(interrupted=True))
@@ -132,3 +138,58 @@ def test_summary_is_written_at_the_end(tmp_path, engine_job, shrink_case):
     assert (result["worst_ratio"], result["worst_ratios"]) == (0.5, {"shrink": 0.5})
     assert result["spent"] == {"kernel": 0.25}
     assert result["failures"] == [NAME]
+
+
+def test_case_that_the_harness_could_not_judge_is_saved(tmp_path, engine_job, shrink_case):
+    files = FailureFiles(tmp_path, seed=3)
+    verdict = Verdict(error="ZeroDivisionError: division by zero")
+    files(events.CaseFinished(engine_job("right"), shrink_case(5), frozenset(), verdict, 1, False))
+    (path,) = (tmp_path / "errors").iterdir()
+    assert "ZeroDivisionError" in path.name
+    assert read_case(path) == shrink_case(5)
+
+
+def test_failure_that_cannot_be_written_is_written_later(tmp_path, engine_job, shrink_case):
+    (tmp_path / "failures").touch()  # where a folder has to be
+    files = FailureFiles(tmp_path, seed=3)
+    found = events.FailureFound(engine_job("right"), NAME, WRONG, shrink_case(100), 17)
+    files(found)
+    assert not files.is_saved(found)
+    assert files.problem == f"cannot write {tmp_path / 'failures' / NAME / 'case.json'}: Not a directory"
+    (tmp_path / "failures").unlink()
+    files(events.CampaignFinished())
+    assert files.is_saved(found)
+    assert files.problem == ""
+    assert read_case(tmp_path / "failures" / NAME / "case.json") == shrink_case(100)
+
+
+def test_cases_that_were_running_are_there_after_a_kill(tmp_path, engine_job, shrink_case):
+    requests = [Request(shrink_case(rank), (1, 2)) for rank in (3, 4)]
+    killed = InFlightFile(tmp_path, engine_job("right")).__enter__()
+    assert killed.left() == []
+    killed.record(requests[:1])
+    killed.record(requests)
+    with InFlightFile(tmp_path, engine_job("two_bugs")) as other:
+        assert other.left() == [], "another job's"
+    with InFlightFile(tmp_path, engine_job("right")) as second:
+        assert second.left() == requests
+        second.record([])
+    assert names(tmp_path) == []
+
+
+def test_cases_that_end_the_campaign_twice_are_not_run_a_third_time_and_stay(tmp_path, engine_job, shrink_case):
+    job, requests = engine_job("right"), [Request.alone(shrink_case(3))]
+    InFlightFile(tmp_path, job).__enter__().record(requests)
+    assert InFlightFile(tmp_path, job).__enter__().left() == requests
+    with InFlightFile(tmp_path, job) as third:
+        assert third.left() == []
+    assert names(tmp_path) == ["bgmv-on-engine_kernels-right-cpu.jsonl", "interrupted"]
+
+
+def test_record_that_is_cut_off_is_read_as_far_as_it_goes(tmp_path, engine_job, shrink_case):
+    job, requests = engine_job("right"), [Request.alone(shrink_case(rank)) for rank in (3, 4)]
+    InFlightFile(tmp_path, job).__enter__().record(requests)
+    (path,) = (tmp_path / "running").iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - 40])
+    assert InFlightFile(tmp_path, job).__enter__().left() == requests[:1]

@@ -123,7 +123,7 @@ def test_planted_bug_is_found_and_shrunk(plant: Plant, release: Path, tmp_path: 
 
     jobs = named_jobs([plant.target], [f"vllm@{tmp_path / 'release'}"], None)
     stop = StopAtFirstShrunk()
-    run_campaign(jobs, [], Budget(examples=2000), seed=7, database=tmp_path / "examples", bus=events.Bus([stop]))
+    run_campaign(jobs, [], Budget(examples=2000), 7, tmp_path, events.Bus([stop]))
 
     assert stop.found is not None, "not found in 2,000 examples"
     print(stop.found.examples, stop.found.failure.kind, stop.found.case)

@@ -1,5 +1,6 @@
 """The search: what it tries, what it finds, how small that gets, and when it ends. No kernel is run."""
 
+import dataclasses
 import random
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase, InMemoryExampleDatabase
 
 from kernelfuzz.fuzz import events, search
+from kernelfuzz.fuzz.executor import Request
 from kernelfuzz.fuzz.targets import get_target
 from kernelfuzz.fuzz.verdict import Failure, Verdict
 from kernelfuzz.strategies.errors import KernelfuzzError
@@ -33,17 +35,37 @@ def two_bugs(case):
 
 
 class Run:
-    """One search and everything that was seen of it."""
+    """One search and everything that was seen of it. It is the search's executor too."""
 
-    def __init__(self, job, judge, limit=None, deadline=None):
+    def __init__(self, job, judge, limit=None, deadline=None, seeds=1, delay=0):
         self.cases = []
         self.events = []
         self.judge = judge
-        self.search = search.Search(job, self._run_case, events.Bus([self.events.append]), limit, deadline)
+        self.recorded = []
+        self._delay = delay
+        self._answers = []
+        bus = events.Bus([self.events.append])
+        self.search = search.Search(job, self, bus, limit, deadline, seeds, self.recorded.append)
 
-    def _run_case(self, case):
-        self.cases.append(case)
-        return self.judge(case)
+    def run(self, request):
+        self.cases.append(request.case)
+        for number, seed in enumerate(request.seeds, start=1):
+            verdict = self.judge(dataclasses.replace(request.case, seed=seed))
+            if verdict.failures:
+                return dataclasses.replace(verdict, cases=number, seed=seed if len(request.seeds) > 1 else None)
+        return dataclasses.replace(verdict, cases=len(request.seeds))
+
+    def has_room(self):
+        return len(self._answers) <= self._delay
+
+    def submit(self, request):
+        self._answers.append((request, self.run(request)))
+
+    def receive(self, *, block):
+        """Answers come as late as `delay` says."""
+        ready = self._answers[: 1 if block else max(0, len(self._answers) - self._delay)]
+        self._answers = self._answers[len(ready) :]
+        return ready
 
     def __call__(self, strategy=None, seed=1, database=None, small=None):
         if strategy is None:
@@ -62,8 +84,8 @@ class Run:
 
 @pytest.fixture
 def run(engine_job):
-    def make(judge, limit=None, deadline=None):
-        return Run(engine_job("right"), judge, limit, deadline)
+    def make(judge, **options):
+        return Run(engine_job("right"), judge, **options)
 
     return make
 
@@ -164,6 +186,63 @@ def test_failure_left_with_many_tokens_is_looked_for_among_small_cases(run):
     assert done.search.examples == 50, "the small cases are part of shrinking"
 
 
+@pytest.mark.parametrize("judge", [wrong_above_rank_8, two_bugs])
+def test_answers_that_come_late_change_nothing(run, judge):
+    """A worker answers while Hypothesis draws on: what is tried, found and shrunk is the same."""
+    at_once, late = run(judge, limit=120)(seed=3), run(judge, limit=120, delay=5)(seed=3)
+    assert late.events == at_once.events
+    assert late.cases == at_once.cases
+
+
+def test_what_failed_among_drawn_cases_is_not_launched_again_to_shrink_it(run):
+    done = run(wrong_above_rank_8, limit=120)(seed=3)
+    until_shrunk = done.events[: done.events.index(done.found[-1])]
+    launches = sum(isinstance(event, events.CaseFinished) for event in until_shrunk)
+    assert len(set(done.cases[:launches])) == launches
+
+
+def test_first_failing_seed_of_a_structure_is_pinned(run):
+    """Half of all seeds fail. The saved case has one that does."""
+    fails = lambda case: Verdict((WRONG,) if case.seed % 2 and rank(case) > 8 else ())  # noqa: E731
+    done = run(fails, limit=60, seeds=4)(seed=1)
+    assert done.shrunk.keys() == {WRONG_NAME}
+    for event in done.found:
+        assert fails(event.case).failures
+    finished = [event for event in done.events if isinstance(event, events.CaseFinished)]
+    assert all(event.verdict.cases == 4 for event in finished if not event.verdict.failures)
+    assert sum(not event.shrinking for event in finished) <= 60
+
+
+def test_every_request_is_recorded_before_it_is_run(run):
+    done = run(wrong_above_rank_8, limit=60, delay=3)()
+    recorded = {request.case for requests in done.recorded for request in requests}
+    assert recorded == set(done.cases)
+    assert max(map(len, done.recorded)) == 4, "with those that are not answered yet"
+
+
+def test_requests_of_a_campaign_that_was_killed_come_first(run, shrink_case):
+    left = [Request.alone(shrink_case(40)), Request.alone(shrink_case(2))]
+    done = run(wrong_above_rank_8, limit=5)
+    done.search.run(BGMV.cases(max_rank=8), 1, InMemoryExampleDatabase(), None, left)
+    assert done.cases[:2] == [request.case for request in left]
+    assert done.found[0].case == left[0].case
+    assert WRONG_NAME in done.shrunk or done.found[-1].case == left[0].case
+    assert not any(request in requests for requests in done.recorded for request in left)
+
+
+def test_case_that_the_harness_cannot_judge_is_no_failure(run):
+    done = run(lambda case: Verdict(error="ZeroDivisionError: ours") if case.size == 2 else Verdict(), limit=200)()
+    assert done.found == []
+    assert done.search.examples == 200
+    errors = [event for event in done.events if isinstance(event, events.CaseFinished) and event.verdict.error]
+    assert {event.case.size for event in errors} == {2}
+
+
+def test_search_gives_up_when_the_harness_judges_next_to_nothing(run):
+    with pytest.raises(KernelfuzzError, match=r"could not judge \d+ cases: ours"):
+        run(lambda case: Verdict(error="ours"), limit=200)()
+
+
 # What is emitted.
 
 
@@ -199,7 +278,7 @@ def test_kernel_that_rejects_most_cases_gets_no_more_examples(run, offered):
 
 
 def test_budget_of_examples_spans_rounds(run, monkeypatch):
-    monkeypatch.setattr(search, "ROUND_EXAMPLES", 20)
+    monkeypatch.setattr(search, "LARGEST_CHUNK", 20)
     done = run(wrong_above_rank_8, limit=70)()
     assert done.search.examples == 70
     assert len(done.found) == 2
@@ -259,8 +338,10 @@ def test_shrinking_past_its_deadline_keeps_the_smallest_so_far(run, clock, monke
 def test_interruption_keeps_what_was_found(run, shrink_case):
     ranks = st.integers(1, 10**6).map(shrink_case)
     whole = run(wrong_above_rank_8, limit=50)(ranks)
+    drawn = len([event for event in whole.events if isinstance(event, events.CaseFinished) and not event.shrinking])
     first = next(i for i, case in enumerate(whole.cases) if rank(case) > 8)
-    for after in range(first + 1, first + 8):
+    assert first < drawn - 8
+    for after in (*range(first + 1, first + 8), *range(drawn, drawn + 8)):
         done = run(wrong_above_rank_8, limit=50)
 
         def interrupted(case, done=done, after=after):
@@ -272,8 +353,9 @@ def test_interruption_keeps_what_was_found(run, shrink_case):
         with pytest.raises(KeyboardInterrupt):
             done(ranks)
         assert len(done.cases) == after + 1
-        failing = [case for case in done.cases[:-1] if rank(case) > 8]
-        assert [event.case for event in done.found] == [failing[0], min(failing, key=rank)]
+        shrinking = [done.cases[first], *(case for case in done.cases[drawn:-1] if rank(case) > 8)]
+        smallest = [min(shrinking, key=rank)] if after >= drawn else []
+        assert [event.case for event in done.found] == [done.cases[first], *smallest]
 
 
 def test_interruption_before_anything_was_found(run):
@@ -287,7 +369,7 @@ def test_interruption_before_anything_was_found(run):
 
 
 def test_kernel_that_cannot_be_loaded_again_ends_the_search_at_once(run):
-    """Nothing is shrunk: it says nothing of the case."""
+    """What was found until then is kept as it was found."""
     done = run(two_bugs, limit=50)
 
     def breaks_down(case):
@@ -299,7 +381,8 @@ def test_kernel_that_cannot_be_loaded_again_ends_the_search_at_once(run):
     database = InMemoryExampleDatabase()
     with pytest.raises(KernelfuzzError, match="the worker died while it loaded"):
         done(database=database)
-    assert len(done.shrunk) == 1
+    assert done.shrunk.keys() == {WRONG_NAME, RAISED_NAME}
+    assert done.found[-1].failure in two_bugs(done.found[-1].case).failures
     launched = [event for event in done.events if isinstance(event, events.CaseFinished)]
     assert len(done.cases) == len(launched) + 1
 

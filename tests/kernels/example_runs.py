@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from hypothesis import Phase, given, settings
 
-from kernelfuzz.fuzz.launch import judge
+from kernelfuzz.fuzz.launch import Conditions, judge_alone
 from kernelfuzz.fuzz.targets import get_target
 from kernelfuzz.kernels.examples import bgmv, moe_lora_align
 from kernelfuzz.strategies.case import to_json
@@ -38,7 +38,7 @@ def draw(target, count):
 
 def failures(target, kernel, case):
     """The failures of one case as [kind, output, clause]; no example may reject a case."""
-    verdict = judge(target, kernel, case, CPU)
+    verdict = judge_alone(target, kernel, case, Conditions(CPU))
     assert not verdict.rejected, verdict.rejected
     return [[failure.kind, failure.output, failure.clause] for failure in verdict.failures]
 

@@ -1,0 +1,270 @@
+"""Worker processes that start in hundredths of a second: forked from a process that has imported torch already.
+
+The fork server has no threads and no device context. What it forks loads a kernel and makes its own context, since
+neither survives a fork. Should the server have touched a GPU after all, workers for GPUs are started without it. Every
+process here ends with the one that started it, however that one ends.
+"""
+
+import atexit
+import ctypes
+import functools
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+_PR_SET_PDEATHSIG = 1
+_MESSAGE_BYTES = 1 << 20
+_END_SECONDS = 10.0
+
+
+class WorkerProcess(Protocol):
+    """A worker process as its executor sees it."""
+
+    connection: Connection
+    pid: int
+
+    def poll(self) -> int | None:
+        """Return the exit status (minus the signal's number where one ended it), or None while the process lives."""
+
+    def kill(self) -> None:
+        """End the process at once; one that has ended already is none the worse."""
+
+
+def end(process: WorkerProcess, *, dying: bool = False) -> int:
+    """End a process and return its exit status. One that is `dying`, since it closed its connection, is left to end by
+    itself if it does so within seconds."""
+    deadline = time.monotonic() + (_END_SECONDS if dying else 0.0)
+    while (status := process.poll()) is None:
+        if time.monotonic() >= deadline:
+            process.kill()
+        time.sleep(0.001)
+    process.connection.close()
+    return status
+
+
+class ForkServer:
+    """A process that forks workers. It starts in the background, with `environment`, which no later one can change for
+    what is imported then: torch and Triton."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        # Sequenced packets keep messages apart.
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", "from kernelfuzz.fuzz.forkserver import main; main()", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                # The folder that a user stands in is a worker's to search, after everything that is installed.
+                env={**environment, "PYTHONSAFEPATH": "1", "OPENBLAS_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+
+    def fork(self, environment: Mapping[str, str], output: int, *, gpu: bool) -> WorkerProcess | None:
+        """Return a new worker in this process's current folder, whose stdout and stderr are the file `output`; None if
+        it is to use a `gpu` and the server has loaded a GPU's driver, which does not survive a fork.
+
+        Raises ConnectionError, with the server's last words, if it is dead.
+        """
+        ours, theirs = Pipe()
+        request = {"environment": dict(environment), "folder": str(Path.cwd()), "gpu": gpu}
+        try:
+            with theirs:
+                socket.send_fds(self._socket, [json.dumps(request).encode()], [theirs.fileno(), output])
+                pid = self._answer()
+        except OSError:
+            ours.close()
+            raise ConnectionError(f"the process that starts workers died: {self._last_words()}") from None
+        if pid is None:
+            ours.close()
+            return None
+        return _Forked(self, ours, pid)
+
+    def status(self, pid: int) -> int | None:
+        """Return the exit status of a worker, None while it lives. Once it is returned, others may get the id."""
+        try:
+            self._socket.sendall(json.dumps(pid).encode())
+            return self._answer()
+        except OSError:  # the server is dead and has taken its workers along
+            return -int(signal.SIGKILL)
+
+    def _answer(self) -> int | None:
+        answer = self._socket.recv(_MESSAGE_BYTES)
+        if not answer:
+            raise ConnectionError
+        number: int | None = json.loads(answer)
+        return number
+
+    def _last_words(self) -> str:
+        assert self._process.stderr is not None
+        self._process.kill()
+        lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit status {self._process.wait()}"
+
+    def is_alive(self) -> bool:
+        """Whether the server still runs."""
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End the server, and with it every worker that it forked."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
+
+
+@functools.cache
+def _servers() -> dict[str, ForkServer]:
+    servers: dict[str, ForkServer] = {}
+
+    def close() -> None:
+        for server in servers.values():
+            server.close()
+
+    atexit.register(close)
+    return servers
+
+
+def fork_server(environment: Mapping[str, str]) -> ForkServer:
+    """Return this process's fork server for such an environment; a new one, which takes seconds to answer, where there
+    is none alive.
+
+    The server dies with the thread that made it, as Linux has it.
+    """
+    servers = _servers()
+    kind = environment.get("TRITON_INTERPRET", "")  # read when Triton is imported, which torch does
+    if kind not in servers or not servers[kind].is_alive():
+        servers[kind] = ForkServer(environment)
+    return servers[kind]
+
+
+class _Forked:
+    """A worker that a fork server forked."""
+
+    def __init__(self, server: ForkServer, connection: Connection, pid: int) -> None:
+        self.connection = connection
+        self.pid = pid
+        self._server = server
+        self._status: int | None = None
+
+    def poll(self) -> int | None:
+        if self._status is None:
+            self._status = self._server.status(self.pid)
+        return self._status
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+class SpawnedProcess:
+    """A worker that is started as a program of its own; if `prefix` is not empty, by that command of a tool which
+    watches it."""
+
+    def __init__(self, prefix: Sequence[str], environment: Mapping[str, str], output: int) -> None:
+        self.connection, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [
+                    *prefix,
+                    sys.executable,
+                    "-c",
+                    "from kernelfuzz.fuzz.worker import main; main()",
+                    str(theirs.fileno()),
+                ],
+                pass_fds=[theirs.fileno()],
+                env={**environment, "PYTHONSAFEPATH": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # so that all the tool's processes can be ended
+            )
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+def main() -> None:
+    """Fork workers for the socket whose file descriptor is the first argument, until its other side is closed."""
+    _end_with_parent()
+    ignore_signals()
+    requests = socket.socket(fileno=int(sys.argv[1]))
+    # Everything that a worker needs but the kernel and the device. No torch operation runs here: threads and device
+    # contexts do not survive a fork.
+    from kernelfuzz.fuzz import worker
+
+    worker.import_all()
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 2)
+        if not message:
+            os._exit(0)
+        request = json.loads(message)
+        if isinstance(request, int):
+            requests.sendall(json.dumps(_status(request)).encode())
+            continue
+        pid = None if request["gpu"] and _has_loaded_driver() else os.fork()
+        if pid == 0:
+            requests.close()
+            _work(worker, request, *descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        requests.sendall(json.dumps(pid).encode())
+
+
+def _has_loaded_driver() -> bool:
+    """Whether CUDA's driver library is in this process: torch loads it when it first asks for a device."""
+    return "/libcuda.so" in Path("/proc/self/maps").read_text()
+
+
+def _status(pid: int) -> int | None:
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def _work(worker: Any, request: dict[str, Any], connection: int, output: int) -> None:
+    """Be a worker: the child's side of a fork, which never returns."""
+    status = 1
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        _end_with_parent()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is a result; a core file for each fills the disk
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
+        sys.path += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        worker.run(connection)
+        status = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(status)  # never back into the server's loop
+
+
+def _end_with_parent() -> None:
+    """Have Linux kill this process when its parent dies, even while this one is stopped."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before
+        os._exit(1)
+
+
+def ignore_signals() -> None:
+    """Ignore Ctrl-C and SIGTERM, which reach the whole process group: the campaign's process decides."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

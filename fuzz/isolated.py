@@ -1,0 +1,303 @@
+"""Executors whose cases run in worker processes, which may die or hang."""
+
+import dataclasses
+import signal
+import time
+from collections import deque
+from multiprocessing.connection import wait
+from types import TracebackType
+from typing import Any
+
+from kernelfuzz.fuzz import sanitizer
+from kernelfuzz.fuzz.executor import LoadedKernel, Replacements, Request
+from kernelfuzz.fuzz.job import Job
+from kernelfuzz.fuzz.verdict import Failure, Verdict, by_severity
+from kernelfuzz.fuzz.worker_process import Worker
+
+FIRST_SECONDS = 120.0
+LEAST_SECONDS = 5.0
+SLOWEST_TIMES = 20.0
+"""How long a worker may be silent: FIRST_SECONDS while little was seen of a kernel, which may still be compiled; then
+SLOWEST_TIMES what its slowest case took, but LEAST_SECONDS at least."""
+
+CONFIRMING_TIMES = 4.0
+"""How much longer a case whose worker fell silent is given when it is run again, to tell a hang from a busy machine."""
+
+QUEUE = 4
+"""Requests that a worker has at a time, so that it never waits for the next one."""
+
+MOST_SPARES = 4
+
+
+class IsolatedExecutor:
+    """Runs requests in a worker process of its own; use it as a context manager.
+
+    The process starts at once and loads its kernel in the background. A worker that dies or falls silent fails its
+    request; a spare one, or else a new one, takes over and goes on with the rest. On a GPU, where a new worker takes
+    seconds, a spare is started ahead; more of them when none was ready in time.
+    """
+
+    def __init__(self, job: Job, tool: sanitizer.Tool | None = None) -> None:
+        self.replacements = Replacements()
+        self._job = job
+        self._tool = tool
+        self._spares: list[Worker] = []
+        self._wanted_spares = 0 if job.device.type == "cpu" else 1
+        self._awaited: deque[Request] = deque()
+        self._since = 0.0
+        self._slowest = 0.0
+        self._answered = 0
+        self._has_hung = False
+        self._worker = self._start()
+
+    def __enter__(self) -> "IsolatedExecutor":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self) -> Worker:
+        return Worker(self._job, self._tool)
+
+    def loaded(self) -> LoadedKernel:
+        """Wait until the kernel is loaded. Raises KernelfuzzError if it cannot be, with the worker's reason."""
+        kernel = self._worker.loaded()
+        self._add_spares()
+        return kernel
+
+    def _add_spares(self) -> None:
+        while len(self._spares) < self._wanted_spares:
+            self._spares.append(self._start())
+
+    @property
+    def connection(self) -> Any:
+        """What to wait for: readable when the worker has answered or died."""
+        return self._worker.process.connection
+
+    @property
+    def awaited(self) -> int:
+        """How many requests are not answered yet."""
+        return len(self._awaited)
+
+    @property
+    def seconds_left(self) -> float:
+        """How long the worker may still be silent before its request counts as hanging."""
+        return max(0.0, self._since + self._patience() - time.monotonic())
+
+    def has_room(self) -> bool:
+        """Whether the kernel is loaded and the worker's queue has room. Under a sanitizer it has one place, so that
+        reports are the request's own."""
+        if not self._worker.is_loaded():
+            return False
+        self._worker.loaded()
+        return len(self._awaited) < (QUEUE if self._tool is None else 1)
+
+    def submit(self, request: Request) -> None:
+        """Send a request to the worker."""
+        if not self._awaited:
+            self._since = time.monotonic()
+        self._awaited.append(request)
+        self._worker.send(request.message)
+
+    def receive(self, *, block: bool) -> list[tuple[Request, Verdict]]:
+        """Return what is answered."""
+        answers: list[tuple[Request, Verdict]] = []
+        while self._awaited:
+            waits = block and not answers
+            verdict = self._next(self.seconds_left if waits else 0.0)
+            if verdict is not None:
+                answers.append((self._awaited.popleft(), verdict))
+                self._since = time.monotonic()
+            elif not waits:
+                break
+        return answers
+
+    def run(self, request: Request) -> Verdict:
+        """Run one request. A worker that dies or hangs is a failure of kind crash or hang."""
+        assert not self._awaited
+        self.submit(request)
+        ((_, verdict),) = self.receive(block=True)
+        return verdict
+
+    def close(self) -> None:
+        """End the worker and the spares."""
+        for each in (self._worker, *self._spares):
+            each.close()
+        self._spares.clear()
+
+    def _next(self, seconds: float) -> Verdict | None:
+        """Return the verdict on the first awaited request, or None if there is none after so many seconds."""
+        request = self._awaited[0]
+        try:
+            answer = self._worker.receive(seconds)
+        except TimeoutError:
+            if self.seconds_left > 0:
+                return None
+            ended = self._ended(_silence(self._patience()))
+        except (EOFError, ConnectionError):
+            ended = self._ended(self._worker.death())
+        else:
+            return self._take(answer)
+        verdict = self._examine(request, ended)
+        self._resend()
+        return verdict
+
+    def _take(self, answer: dict[str, Any]) -> Verdict:
+        """Return an answer's verdict; see to it that the worker is usable afterwards."""
+        self._answered += 1
+        self._slowest = max(self._slowest, time.monotonic() - self._since)
+        verdict = self._with_reports(Verdict.from_json(answer["verdict"]))
+        if not answer["usable"]:
+            request = self._awaited[0]
+            self._replace()
+            if len(request.seeds) > 1 and verdict.seed is None:
+                verdict = self._examine(request, verdict.failures)
+            self._resend()
+        return verdict
+
+    def _with_reports(self, verdict: Verdict) -> Verdict:
+        """Add what the sanitizer reported since the last request."""
+        failures = self._worker.reports()
+        if not failures:
+            return verdict
+        return dataclasses.replace(verdict, failures=by_severity([*failures, *verdict.failures]))
+
+    def _resend(self) -> None:
+        """Send what the lost worker had not answered, but for the first request, to the new one."""
+        for request in list(self._awaited)[1:]:
+            self._worker.send(request.message)
+
+    def _replace(self) -> None:
+        """Put a spare worker, or else a new one, in the place of this one, and wait until it is loaded."""
+        self._worker.close()
+        self.replacements.workers += 1
+        ready = [spare for spare in self._spares if spare.is_loaded()]
+        if not ready and self._wanted_spares:
+            self.replacements.waits += 1
+        self._wanted_spares = min(self._wanted_spares + (not ready), MOST_SPARES)
+        for candidate in ready or self._spares[:1]:
+            self._spares.remove(candidate)
+            self._worker = candidate
+            break
+        else:
+            self._worker = self._start()
+        self._add_spares()
+        self._worker.loaded()
+
+    def _patience(self) -> float:
+        if self._answered < 3:
+            return FIRST_SECONDS
+        return min(FIRST_SECONDS, max(LEAST_SECONDS, SLOWEST_TIMES * self._slowest))
+
+    def _ended(self, how: Failure) -> tuple[Failure, ...]:
+        """Replace the worker, which ended so; return that and what the sanitizer reported."""
+        reports = self._worker.reports()
+        self._replace()
+        return (how, *reports)
+
+    def _ask(self, request: Request, seconds: float, *, rehearsal: bool = False) -> Verdict | tuple[Failure, ...]:
+        """Run a request on the worker and wait; return the verdict, or how the worker ended, which is replaced then."""
+        self._worker.send(request.rehearsal if rehearsal else request.message)
+        try:
+            answer = self._worker.receive(seconds)
+        except TimeoutError:
+            return self._ended(_silence(seconds))
+        except (EOFError, ConnectionError):
+            return self._ended(self._worker.death())
+        verdict = self._with_reports(Verdict.from_json(answer["verdict"]))
+        if not answer["usable"]:
+            self._replace()
+        return verdict
+
+    def _examine(self, request: Request, ended: tuple[Failure, ...]) -> Verdict:
+        """Return the verdict on a request after which the worker `ended` so.
+
+        Of several seeds the first one that fails alone decides. Silence may be a busy machine's, and SIGKILL whoever
+        sent it: only what ends so twice is the kernel's. And what a rehearsal without the kernel does not survive is
+        the harness's own fault.
+        """
+        if len(request.seeds) > 1:
+            for number, seed in enumerate(request.seeds, start=1):
+                single = Request(request.case, (seed,))
+                alone = self._ask(single, self._patience())
+                verdict = alone if isinstance(alone, Verdict) else self._examine(single, alone)
+                if verdict.failures or verdict.error:
+                    return dataclasses.replace(verdict, cases=number, seed=seed)
+            return Verdict(by_severity(list(ended)), cases=len(request.seeds))
+        is_silence = ended[0].kind == "hang"
+        if (is_silence and not self._has_hung) or ended[0].clause == signal.SIGKILL.name:
+            again = self._ask(request, CONFIRMING_TIMES * self._patience())
+            if isinstance(again, Verdict):
+                if is_silence:  # slow, then
+                    self._slowest = max(self._slowest, self._patience() / SLOWEST_TIMES)
+                return again
+            ended = again
+        rehearsed = self._ask(request, FIRST_SECONDS, rehearsal=True)
+        if isinstance(rehearsed, tuple):
+            return Verdict(error=f"without launching the kernel: {rehearsed[0].message}")
+        if rehearsed.error:
+            return rehearsed
+        self._has_hung |= is_silence
+        return Verdict(by_severity(list(ended)), seed=request.seeds[0])
+
+
+def _silence(seconds: float) -> Failure:
+    return Failure("hang", "", "no_answer", f"no answer within {seconds:.3g} s")
+
+
+class Fleet:
+    """Several workers of one job: requests go to whichever has least to do, answers come in the order of submission."""
+
+    def __init__(self, job: Job, workers: int, tool: sanitizer.Tool | None = None) -> None:
+        self._executors = [IsolatedExecutor(job, tool) for _ in range(workers)]
+        self._tickets: list[deque[int]] = [deque() for _ in self._executors]
+        self._answers: dict[int, tuple[Request, Verdict]] = {}
+        self._submitted = self._returned = 0
+
+    @property
+    def replacements(self) -> Replacements:
+        """The sum over the workers."""
+        each = [executor.replacements for executor in self._executors]
+        return Replacements(sum(one.workers for one in each), sum(one.waits for one in each))
+
+    def loaded(self) -> LoadedKernel:
+        """Wait until the first worker has loaded the kernel."""
+        return self._executors[0].loaded()
+
+    def has_room(self) -> bool:
+        """Whether any worker has."""
+        return any(executor.has_room() for executor in self._executors)
+
+    def submit(self, request: Request) -> None:
+        """Send a request to the worker that has least to do."""
+        with_room = [i for i, executor in enumerate(self._executors) if executor.has_room()]
+        index = min(with_room, key=lambda i: self._executors[i].awaited)
+        self._executors[index].submit(request)
+        self._tickets[index].append(self._submitted)
+        self._submitted += 1
+
+    def receive(self, *, block: bool) -> list[tuple[Request, Verdict]]:
+        """Return what is answered, in the order of submission."""
+        while True:
+            busy = [(i, executor) for i, executor in enumerate(self._executors) if executor.awaited]
+            for index, executor in busy:
+                for answer in executor.receive(block=False):
+                    self._answers[self._tickets[index].popleft()] = answer
+            ready = []
+            while self._returned in self._answers:
+                ready.append(self._answers.pop(self._returned))
+                self._returned += 1
+            if ready or not block or not busy:
+                return ready
+            wait([executor.connection for _, executor in busy], min(executor.seconds_left for _, executor in busy))
+
+    def run(self, request: Request) -> Verdict:
+        """Run one request on the first worker."""
+        return self._executors[0].run(request)
+
+    def close(self) -> None:
+        """End the workers."""
+        for executor in self._executors:
+            executor.close()

@@ -155,9 +155,11 @@ def _finite(element: dict[str, Any]) -> bool:
 
 
 def case_lines(case: Case) -> Iterator[Text]:
-    """Return a case as readable lines, several fields to a line."""
+    """Return a case as readable lines, several fields to a line; a field that has its usual value is left out."""
     line = "   "
     for field in dataclasses.fields(case):
+        if getattr(case, field.name) == field.default:
+            continue
         text = f" {field.name}={_short(getattr(case, field.name))}"
         if len(line) + len(text) > 76:
             yield Text(line)

@@ -68,30 +68,6 @@ def align_rows(
     )
 
 
-@dataclass(frozen=True)
-class AlignedRow:
-    """One row without what follows its last group.
-
-    - tokens: int64 [padded total]; experts: int64 [padded total / block size]
-    """
-
-    tokens: torch.Tensor
-    experts: torch.Tensor
-
-    @property
-    def padded_total(self) -> int:
-        """Number of entries in use, a multiple of the block size."""
-        return self.tokens.numel()
-
-
-def align_row(expert_ids: torch.Tensor, chosen: torch.Tensor, num_experts: int, block_size: int) -> AlignedRow:
-    """Return one row of the pairs that are `chosen`, bool [pairs]; expert_ids: int64 [pairs]."""
-    capacity = padded_capacity(expert_ids.numel(), num_experts, block_size, rounded=True)
-    aligned = align_rows(expert_ids[None], chosen.long() - 1, 1, num_experts, block_size, capacity)
-    total = int(aligned.totals)
-    return AlignedRow(aligned.tokens[0, 0, :total], aligned.experts[0, 0, : total // block_size])
-
-
 def padded_capacity(pairs: int, num_experts: int, block_size: int, *, rounded: bool) -> int:
     """Return the length of a row of sorted token ids that vLLM allocates for `pairs` routed pairs.
 

@@ -4,7 +4,7 @@ import torch
 
 from kernelfuzz.kernels.base import UnsupportedCaseError
 from kernelfuzz.kernels.interpreter import OutOfBoundsError
-from kernelfuzz.strategies.alignment import align_row
+from kernelfuzz.strategies.alignment import align_rows
 
 
 def bgmv(inputs, outputs):
@@ -18,14 +18,13 @@ def moe_lora_align(inputs, outputs):
     sorted_token_ids = outputs["sorted_token_ids"].view(case.num_adapters, case.capacity)
     expert_ids = outputs["expert_ids"].view(case.num_adapters, case.max_blocks)
     adapters = inputs.token_adapters.repeat_interleave(case.top_k)
+    sizes = (case.num_adapters, case.num_experts, case.block_size, case.capacity)
+    aligned = align_rows(inputs.topk_ids.long().flatten()[None], adapters, *sizes)
     for adapter in inputs.lora_ids[: case.num_adapters + 1].tolist():
         if 0 <= adapter < case.num_adapters and inputs.adapter_enabled[adapter]:
-            row = align_row(inputs.topk_ids.flatten().long(), adapters == adapter, case.num_experts, case.block_size)
-            sorted_token_ids[adapter] = case.pairs
-            sorted_token_ids[adapter, : row.padded_total] = row.tokens.int()
-            expert_ids[adapter] = -1
-            expert_ids[adapter, : row.experts.numel()] = row.experts.int()
-            outputs["num_tokens_post_pad"][adapter] = row.padded_total
+            sorted_token_ids[adapter] = aligned.tokens[0, adapter]
+            expert_ids[adapter] = aligned.experts[0, adapter]
+            outputs["num_tokens_post_pad"][adapter] = aligned.totals[0, adapter]
 
 
 def _bgmv(inputs, outputs, product):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernelfuzz.strategies.alignment import align_row, align_rows, padded_capacity
+from kernelfuzz.strategies.alignment import align_rows, padded_capacity
 from kernelfuzz.strategies.contents import hash_bits, seeds
 from kernelfuzz.strategies.routing import routings
 
@@ -58,17 +58,6 @@ def test_align_rows_does_what_a_loop_does(drawn):
     # The same number for the same group of the same row of the same seed, and for no other.
     numbers = aligned.groups.flatten().tolist()
     assert len(set(zip(numbers, wanted_groups))) == len(set(numbers)) == len(set(wanted_groups))
-
-
-@settings(max_examples=100)
-@given(routed_pairs())
-def test_one_row_is_that_row_without_its_tail(drawn):
-    expert_ids, rows, _, num_experts, block_size, _ = drawn
-    row = align_row(expert_ids[0], rows == 0, num_experts, block_size)
-    tokens, _, experts = row_by_a_loop(expert_ids[0], rows, 0, num_experts, block_size)
-    assert row.tokens.tolist() == tokens
-    assert row.experts.tolist() == experts
-    assert row.padded_total == len(tokens)
 
 
 @settings(max_examples=300)

@@ -37,8 +37,8 @@ class Implementation:
     - cpu_runtime: why the CPU cannot run it here, or None
     - importable: the module that `package@installed` imports, if that is offered
     - triton: whether a CPU needs Triton's interpreter
-    - guard_pages: whether it is native code on a CPU, which reads and writes past a tensor unseen unless the memory
-      there cannot be touched
+    - guard_pages: whether it is, or may be, native code on a CPU, which goes past a tensor unseen unless the memory there
+      cannot be touched
     """
 
     target: str
@@ -144,7 +144,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
 def find(target: str, name: KernelName) -> Implementation | None:
     """Return what implements `target` under that name, or None."""
     if ":" in name.package:
-        return Implementation(target, name.package, "user:load", triton=True)
+        return Implementation(target, name.package, "user:load", triton=True, guard_pages=True)
     for implementation in IMPLEMENTATIONS:
         if implementation.target == target and implementation.package == name.package:
             return implementation

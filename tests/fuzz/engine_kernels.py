@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+from kernelfuzz.kernels import releases
+from kernelfuzz.kernels.xpu import XpuLibrary
+
 
 def right(inputs, outputs):
     """Right, refusals included."""
@@ -125,6 +128,30 @@ def dies_of_every_third(inputs, outputs):
     if inputs.case.seed % 3 == 0:
         os._exit(5)
     right(inputs, outputs)
+
+
+def reads_too_far(inputs, outputs):
+    """Right; above rank 8 it reads the byte behind its weights."""
+    right(inputs, outputs)
+    if rank(inputs.case) > 8:
+        weights = inputs.weights
+        ctypes.string_at(weights.data_ptr() + weights.numel() * weights.element_size(), 1)
+
+
+_xpu = None
+
+
+def one_adapter_too_far(inputs, outputs):
+    """Intel's shipped kernel with every adapter's index one too large, which the host code does not check."""
+    global _xpu
+    case = inputs.case
+    if case.op == "shrink" or case.refusal is not None or case.rows != case.written_size:
+        return right(inputs, outputs)
+    if _xpu is None:
+        _xpu = XpuLibrary(releases.locate("vllm-xpu-kernels", releases.PINNED["vllm-xpu-kernels"]))
+    indices = torch.where(inputs.indices >= 0, inputs.indices + 1, -1)
+    operands = (outputs["output"], inputs.x, inputs.weights, indices)
+    return _xpu.bgmv_expand_slice(*operands, case.slice_offset, case.written_size, case.accumulate)
 
 
 def reported(inputs, outputs):

@@ -4,6 +4,7 @@ import dataclasses
 import signal
 import time
 from collections import deque
+from contextlib import suppress
 from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ from kernelfuzz.fuzz.executor import LoadedKernel, Replacements, Request
 from kernelfuzz.fuzz.job import Job
 from kernelfuzz.fuzz.verdict import Failure, Verdict, by_severity
 from kernelfuzz.fuzz.worker_process import Worker
+from kernelfuzz.strategies.errors import KernelfuzzError
 
 FIRST_SECONDS = 120.0
 LEAST_SECONDS = 5.0
@@ -174,17 +176,20 @@ class IsolatedExecutor:
         self._worker.close()
         self.replacements.workers += 1
         ready = [spare for spare in self._spares if spare.is_loaded()]
-        if not ready and self._wanted_spares:
+        if self._wanted_spares and not ready:
             self.replacements.waits += 1
         self._wanted_spares = min(self._wanted_spares + (not ready), MOST_SPARES)
-        for candidate in ready or self._spares[:1]:
-            self._spares.remove(candidate)
-            self._worker = candidate
-            break
+        for spare in ready or self._spares[:1]:
+            self._spares.remove(spare)
+            self._worker = spare
+            with suppress(KernelfuzzError):  # one spare too many for the device's memory, say
+                spare.loaded()
+                break
+            spare.close()
         else:
             self._worker = self._start()
+            self._worker.loaded()
         self._add_spares()
-        self._worker.loaded()
 
     def _patience(self) -> float:
         if self._answered < 3:

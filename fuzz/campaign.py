@@ -55,10 +55,10 @@ class Isolation:
         """Return the executor of a job, which starts to load its kernel."""
         if not self.processes:
             return LocalExecutor(job)
-        return Fleet(job, 1 if self.tool else self.workers or _workers(job), self.tool)
+        return Fleet(job, 1 if self.tool else self.workers or default_workers(job), self.tool)
 
 
-def _workers(job: Job) -> int:
+def default_workers(job: Job) -> int:
     """Return how many workers pay: on a CPU one for each core but the one that draws. A GPU runs one process at a time,
     but two keep it busy while each makes tensors; a stack of cases does that by itself."""
     if job.device.type == "cpu":

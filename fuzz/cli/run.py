@@ -81,13 +81,14 @@ def run(
     _require_writable(out)
     seed = random.randrange(2**32) if seed is None else seed
 
+    interruption = _Interruption()
     for number in _SIGNALS:
-        signal.signal(number, _interrupt)
+        signal.signal(number, interruption.request)
     summary = Summary()
     files = FailureFiles(out, seed)
     display = Display(console, summary, files)
     summary_file = SummaryFile(out, summary)
-    bus = events.Bus([summary, files, summary_file, display])
+    bus = events.Bus([summary, files, summary_file, display, interruption])
     try:
         with display.live():
             run_campaign(jobs, skipped, budget, seed, out, bus, isolation, chosen_regime)
@@ -104,15 +105,28 @@ def run(
     raise typer.Exit(2 if summary.broken or summary_file.problem else 0)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End the run on the first signal, and let nothing interrupt its summary.
+class _Interruption:
+    """Ends the run on the first signal, and lets nothing interrupt its summary.
 
-    SIGTERM does as Ctrl-C, which a shell has ignored for what it starts in the background.
+    SIGTERM does as Ctrl-C, which a shell has ignored for what it starts in the background. An exception that is raised
+    in the midst of a garbage collection is lost, so that a consumer of events raises it once more.
     """
-    del number, frame
-    for each in _SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt
+
+    def __init__(self) -> None:
+        self._is_requested = False
+
+    def request(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal."""
+        del number, frame
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        self._is_requested = True
+        raise KeyboardInterrupt
+
+    def __call__(self, event: events.Event) -> None:
+        """Raise KeyboardInterrupt if a signal came before this case was finished."""
+        if self._is_requested and isinstance(event, events.CaseFinished):
+            raise KeyboardInterrupt
 
 
 def _jobs(targets: list[str], kernels: list[str], device: torch.device | None) -> tuple[list[Job], list[Skipped]]:

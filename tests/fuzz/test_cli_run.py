@@ -352,6 +352,26 @@ def test_full_disk_loses_nothing_that_was_found(tmp_path, worker_environment):
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
+SIGNAL_WHILE_COLLECTING = """
+import gc, os, signal
+def collecting(phase, info):
+    if getattr(signal.getsignal(signal.SIGINT), "__name__", "") == "request":
+        gc.callbacks.remove(collecting)
+        os.kill(os.getpid(), signal.SIGINT)
+gc.callbacks.append(collecting)
+"""
+
+
+def test_signal_whose_exception_python_drops_ends_the_campaign_all_the_same(tmp_path, worker_environment):
+    """An exception that is raised in a garbage collection goes no further."""
+    options = ("--examples", "1000000", "--json")
+    with start(RIGHT, tmp_path, worker_environment, *options, before=SIGNAL_WHILE_COLLECTING) as process:
+        out, err = process.communicate(timeout=120)
+    assert "Exception ignored" in err
+    assert process.returncode == 130
+    assert as_json(out)["interrupted"] is True
+
+
 def test_case_that_the_harness_cannot_judge_is_reported_as_ours(kernelfuzz, tmp_path):
     outcome = kernelfuzz(
         "run", "bgmv", "--kernel", "broken_harness:launch", "--examples", "300", "--seed", "1", "--json"

@@ -206,13 +206,14 @@ def _tiles(draw: st.DrawFn, widths: tuple[int, ...], *, split: bool) -> Tiles:
 def huge_cases(draw: st.DrawFn, /, *, beyond: int = huge.BEYOND, **dimensions: Any) -> Case:
     """Draw a case in which offsets into one weight, the input or the output cross `beyond` elements.
 
-    `dimensions` are arguments of `cases`. The batch is of the last adapters and often of the last expert.
+    `dimensions` are arguments of `cases`. The batch is of the last adapters, the very last enabled, and often of the
+    last expert.
     """
     few = {"max_top_k": 2, "max_rank": SMALL_BATCH_MAX_RANK, "max_segments": 2, "max_length": 1}
     case = draw(cases(**{**few, **dimensions}))
     tensor = draw(st.sampled_from(("lora_a", "lora_b", "input", "output")))
     rank, hidden, columns = case.rank, case.hidden, case.columns
-    adapters, experts = case.num_adapters, case.num_experts
+    adapters, experts, last = case.num_adapters, case.num_experts, case.num_adapters - 1
     if tensor in ("lora_a", "lora_b"):
         rank = draw(st.sampled_from((16, 32, 64)))
         width = draw(huge.widths(huge.side(beyond) // 8, huge.side(beyond)))
@@ -222,7 +223,7 @@ def huge_cases(draw: st.DrawFn, /, *, beyond: int = huge.BEYOND, **dimensions: A
         case,
         batch=huge.last_adapters(case.batch, case.num_adapters, adapters),
         num_adapters=adapters,
-        disabled=tuple(huge.renumber(adapter, case.num_adapters, adapters) for adapter in case.disabled),
+        disabled=tuple(huge.renumber(each, case.num_adapters, adapters) for each in case.disabled if each != last),
         num_experts=experts,
         routing=dataclasses.replace(case.routing, style=draw(st.sampled_from(("last_expert", case.routing.style)))),
         hidden=hidden,

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, cast, get_args
@@ -18,7 +19,7 @@ from kernelfuzz.fuzz.campaign import Budget, Isolation, run_campaign
 from kernelfuzz.fuzz.console import Display
 from kernelfuzz.fuzz.files import FailureFiles, SummaryFile, read_case
 from kernelfuzz.fuzz.job import Job, Skipped, default_jobs, named_jobs
-from kernelfuzz.fuzz.regimes import require_regime
+from kernelfuzz.fuzz.regimes import in_regime, require_regime
 from kernelfuzz.fuzz.replay import replay_case
 from kernelfuzz.fuzz.sanitizer import Tool
 from kernelfuzz.fuzz.sanitizer import find as find_sanitizer
@@ -78,6 +79,9 @@ def run(
     jobs, skipped = _jobs(targets or [], kernel or [], where)
     isolation = _isolation(jobs, isolate, workers, tool)
     chosen_regime = require_regime(regime, jobs)
+    jobs, left_out = in_regime(chosen_regime, jobs)
+    if chosen_regime == "huge":
+        isolation = replace(isolation, workers=1)  # each may take all of the memory
     _require_writable(out)
     seed = random.randrange(2**32) if seed is None else seed
 
@@ -91,7 +95,7 @@ def run(
     bus = events.Bus([summary, files, summary_file, display, interruption])
     try:
         with display.live():
-            run_campaign(jobs, skipped, budget, seed, out, bus, isolation, chosen_regime)
+            run_campaign(jobs, [*skipped, *left_out], budget, seed, out, bus, isolation, chosen_regime)
     finally:
         display.print_end(out)
         if summary_file.problem and not files.problem:

@@ -89,7 +89,7 @@ def lora_shrink_expand(inputs, outputs, wraps=None):
 KERNELS = {"fused_moe_lora": fused_moe_lora, "lora_shrink_expand": lora_shrink_expand}
 
 
-def verdicts(name, wraps, count=60):
+def verdicts(name, wraps, count=50):
     target = get_target(name)
     kernel = Kernel(partial(KERNELS[name], wraps=wraps), "plain torch")
     cases = draw(target.huge_cases(beyond=BEYOND), 7, count)
@@ -100,7 +100,8 @@ def verdicts(name, wraps, count=60):
 def watched_by(request, monkeypatch):
     """Large storages are watched as they are at the true size, or not."""
     if request.param == "digests":
-        monkeypatch.setattr(buffers.buffers, "DIGEST_BYTES", 2 * BEYOND)
+        monkeypatch.setattr(buffers.buffers, "CHUNK_BYTES", BEYOND)
+        monkeypatch.setattr(buffers.buffers, "DIGEST_BYTES", BEYOND)
 
 
 @pytest.mark.usefixtures("watched_by")
@@ -113,21 +114,19 @@ def test_a_kernel_that_counts_far_enough_passes(name):
 
 @pytest.mark.usefixtures("watched_by")
 @pytest.mark.parametrize(
-    ("name", "tensor"),
+    ("name", "tensor", "kind"),
     [
-        ("fused_moe_lora", "lora_a"),
-        ("fused_moe_lora", "lora_b"),
-        ("fused_moe_lora", "input"),
-        ("fused_moe_lora", "output"),
-        ("lora_shrink_expand", "weights"),
-        ("lora_shrink_expand", "input"),
+        ("fused_moe_lora", "lora_a", "wrong_value"),
+        ("fused_moe_lora", "lora_b", "wrong_value"),
+        ("fused_moe_lora", "input", "wrong_value"),
+        ("fused_moe_lora", "output", "out_of_bounds"),
+        ("lora_shrink_expand", "weights", "wrong_value"),
+        ("lora_shrink_expand", "input", "wrong_value"),
     ],
 )
-def test_offsets_that_wrap_are_found(name, tensor):
-    failed = [verdict.failures for verdict in verdicts(name, tensor) if verdict.failures]
-    assert len(failed) >= 3
-    kinds = {failure.kind for failures in failed for failure in failures}
-    assert kinds == ({"out_of_bounds"} if tensor == "output" else {"wrong_value"})
+def test_offsets_that_wrap_are_found(name, tensor, kind):
+    kinds = [failure.kind for verdict in verdicts(name, tensor) for failure in verdict.failures]
+    assert kinds.count(kind) >= 3
 
 
 def jobs(target, kernel):

@@ -15,6 +15,11 @@ def test_minimal(minimal):
     assert minimal(routings(), lambda routing: routing.style == "skewed") == Routing("skewed", "none")
 
 
+@given(routings())
+def test_the_last_expert_is_left_to_huge_cases(routing):
+    assert routing.style != "last_expert"
+
+
 @given(routings(invalid=("minus_one",)))
 def test_narrowed(routing):
     assert routing.invalid == "minus_one"
@@ -49,6 +54,7 @@ def test_styles_spread_as_they_say():
         return (Routing(style).expert_ids(2000, 2, 8, 1, "cpu") == expert).float().mean().item()
 
     assert share_of_expert("first_expert", 0) == 1
+    assert share_of_expert("last_expert", 7) == 1
     assert share_of_expert("skewed", 0) > 0.7
     assert 0 < share_of_expert("skewed", 7) < 0.06
     assert all(abs(share_of_expert("uniform", expert) - 1 / 8) < 0.03 for expert in range(8))

@@ -37,8 +37,8 @@ class Implementation:
     - cpu_runtime: why the CPU cannot run it here, or None
     - importable: the module that `package@installed` imports, if that is offered
     - triton: whether a CPU needs Triton's interpreter
-    - guard_pages: whether it is, or may be, native code on a CPU, which goes past a tensor unseen unless the memory there
-      cannot be touched
+    - guard_pages: whether it is, or may be, native code on a CPU, which goes past a tensor unseen unless the memory
+      there cannot be touched
     """
 
     target: str

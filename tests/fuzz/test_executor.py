@@ -332,6 +332,7 @@ def broken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("broken")
     (folder / "raises_at_import.py").write_text("raise ValueError('first line\\nsecond line')\n")
     (folder / "ends_at_import.py").write_text("import os\nprint('good night', flush=True)\nos._exit(4)\n")
+    (folder / "sleeps_at_import.py").write_text("import time\ntime.sleep(3600)\n")
     (folder / "needs_more.py").write_text("import no_such_dependency\n")
     (folder / "syntax.py").write_text("def launch(:\n")
     return folder
@@ -358,10 +359,12 @@ def test_kernel_that_cannot_be_loaded_is_one_line(broken, worker_environment, mo
         assert "\n" not in message
 
 
-def test_kernel_that_takes_too_long_to_load_is_one_line(engine_job, monkeypatch):
+def test_kernel_that_takes_too_long_to_load_is_one_line(broken, worker_environment, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(broken), worker_environment["PYTHONPATH"]]))
     monkeypatch.setattr(worker_process, "LOAD_SECONDS", 0.01)
+    (job,) = named_jobs(["bgmv"], ["sleeps_at_import:launch"], torch.device("cpu"))
     with (
-        IsolatedExecutor(engine_job("right")) as starting,
+        IsolatedExecutor(job) as starting,
         pytest.raises(KernelfuzzError, match=r"not loaded within 0\.01 s"),
     ):
         starting.loaded()

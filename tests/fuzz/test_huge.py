@@ -161,7 +161,7 @@ def test_jobs_without_huge_cases_are_left_out_beside_others():
     kept, skipped = in_regime("huge", [*BGMV, *FUSED])
     assert kept == FUSED
     assert [(each.target, str(each.kernel), each.reason) for each in skipped] == [
-        ("bgmv", "example", "has no huge cases")
+        ("bgmv", "example", "the target has no huge cases")
     ]
     assert in_regime(None, [*BGMV, *FUSED]) == ([*BGMV, *FUSED], [])
     assert in_regime("robustness", [*BGMV, *FUSED]) == ([*BGMV, *FUSED], [])

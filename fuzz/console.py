@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ _STATE_STYLES = {"running": "bold cyan", "shrinking": "bold yellow", "done": "gr
 
 
 class Display:
-    """Shows a campaign on a console while `live` is active."""
+    """Shows a campaign on a console while `live` is active. `options` are needed to see a failure again."""
 
-    def __init__(self, console: Console, summary: Summary, files: FailureFiles) -> None:
+    def __init__(self, console: Console, summary: Summary, files: FailureFiles, options: Sequence[str] = ()) -> None:
         self._console = console
         self._summary = summary
         self._files = files
+        self._options = options
 
     def __call__(self, event: Event) -> None:
         """Say at once what was found, and without a terminal also which job begins and ends."""
@@ -37,7 +38,7 @@ class Display:
                 self._say(f"{failure.kind} in {job} at example {event.examples:,}: {name}; shrinking", "bold red")
             case JobStarted(job, version, retried):
                 if retried:
-                    what = f"{retried} case(s) that were running when an earlier campaign was killed"
+                    what = f"{retried} case(s) that were running when an earlier campaign was cut off"
                     self._say(f"{job}: starts with {what}", "bold yellow")
                 if not self._console.is_terminal:
                     self._say(f"{job}: version {version}, started")
@@ -115,7 +116,7 @@ class Display:
         size = "smallest case found" if found.shrunk else "case as found, not shrunk"
         job = entry.job
         command = ["kernelfuzz", "run", job.target.name, "--kernel", str(job.kernel), "--device", str(job.device)]
-        command += ["--case", str(self._files.folder(found) / "case.json")]
+        command += ["--case", str(self._files.folder(found) / "case.json"), *self._options]
         again = Text.assemble("  see it again: ", (shlex.join(command), "cyan"))
         if not self._files.is_saved(found):
             again = Text(f"  its case, which could not be saved: {json.dumps(to_json(found.case))}")

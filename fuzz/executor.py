@@ -49,6 +49,15 @@ class LoadedKernel:
     dimensions: Mapping[str, Any]
 
 
+class WorkerLostError(KernelfuzzError):
+    """A worker was lost over a request and none can take its place. `verdict` is what can be said of the request."""
+
+    def __init__(self, reason: str, request: Request, verdict: Verdict) -> None:
+        super().__init__(reason)
+        self.request = request
+        self.verdict = verdict
+
+
 @dataclass
 class Replacements:
     """How often a worker was replaced, and how often no spare one was ready then, so that the job had to wait."""
@@ -58,7 +67,8 @@ class Replacements:
 
 
 class Executor(Protocol):
-    """Runs requests. Any method may raise KernelfuzzError where the kernel cannot be loaded (again)."""
+    """Runs requests. Any method may raise KernelfuzzError where the kernel cannot be loaded, and WorkerLostError where
+    it cannot be loaded again."""
 
     @property
     def replacements(self) -> Replacements:

@@ -74,10 +74,11 @@ class FailureFiles:
     is kept in memory and tried again with the next failure and at the end.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, sanitizer: str | None = None) -> None:
         self.problem = ""
         self._folder = folder
         self._seed = seed
+        self._sanitizer = sanitizer
         self._owners: dict[str, Job] = {}
         self._unsaved: dict[Path, Any] = {}
 
@@ -132,6 +133,7 @@ class FailureFiles:
                 "shrunk": found.shrunk,
                 "examples": found.examples,
                 "seed": self._seed,
+                "sanitizer": self._sanitizer,
                 "environment": environment(),
             },
         }
@@ -183,7 +185,7 @@ class InFlightFile:
     def left(self) -> list[Request]:
         """Return the requests that an earlier campaign of this job left. A line that is cut off is left out."""
         requests = []
-        for line in self._interrupted.read_text().splitlines() if self._was_left else ():
+        for line in self._interrupted.read_text(errors="replace").splitlines() if self._was_left else ():
             with suppress(ValueError, KeyError, TypeError, KernelfuzzError):
                 document = json.loads(line)
                 case = from_json(self._job.target.case_type, document["case"])
@@ -191,14 +193,19 @@ class InFlightFile:
         return requests
 
     def record(self, requests: Sequence[Request]) -> None:
-        """Replace the file's content. A disk that is full costs no more than this record."""
+        """Replace the file's content, all at once. A disk that is full costs no more than this record."""
+        new = self._path.with_suffix(".new")
         with suppress(OSError):
-            self._path.write_bytes(b"".join(request.message + b"\n" for request in requests))
+            new.write_bytes(b"".join(request.message + b"\n" for request in requests))
+            new.replace(self._path)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Delete the files: what came of their requests has been reported."""
+        """Delete the files: what came of their requests has been reported, or it was Ctrl-C. After an error the file
+        stays, for the next campaign."""
+        if isinstance(error, KernelfuzzError):
+            return
         for path in (self._path, self._interrupted) if self._was_left else (self._path,):
             with suppress(OSError):
                 path.unlink()

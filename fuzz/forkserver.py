@@ -25,6 +25,8 @@ from typing import Any, Protocol
 _PR_SET_PDEATHSIG = 1
 _MESSAGE_BYTES = 1 << 20
 _END_SECONDS = 10.0
+_KILL_SECONDS = 30.0
+_ANSWER_SECONDS = 180.0
 
 
 class WorkerProcess(Protocol):
@@ -42,14 +44,17 @@ class WorkerProcess(Protocol):
 
 def end(process: WorkerProcess, *, dying: bool = False) -> int:
     """End a process and return its exit status. One that is `dying`, since it closed its connection, is left to end by
-    itself if it does so within seconds."""
-    deadline = time.monotonic() + (_END_SECONDS if dying else 0.0)
-    while (status := process.poll()) is None:
-        if time.monotonic() >= deadline:
+    itself if it does so within seconds. One that even SIGKILL does not end, since a driver holds it, is left behind."""
+    now = time.monotonic()
+    kill_at = now + (_END_SECONDS if dying else 0.0)
+    give_up_at = kill_at + _KILL_SECONDS
+    while (status := process.poll()) is None and now < give_up_at:
+        if now >= kill_at:
             process.kill()
         time.sleep(0.001)
+        now = time.monotonic()
     process.connection.close()
-    return status
+    return -int(signal.SIGKILL) if status is None else status
 
 
 class ForkServer:
@@ -59,6 +64,7 @@ class ForkServer:
     def __init__(self, environment: Mapping[str, str]) -> None:
         # Sequenced packets keep messages apart.
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(_ANSWER_SECONDS)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", "from kernelfuzz.fuzz.forkserver import main; main()", str(theirs.fileno())],
@@ -85,25 +91,29 @@ class ForkServer:
         except OSError:
             ours.close()
             raise ConnectionError(f"the process that starts workers died: {self._last_words()}") from None
-        if pid is None:
-            ours.close()
-            return None
-        return _Forked(self, ours, pid)
+        if isinstance(pid, int):
+            return _Forked(self, ours, pid)
+        ours.close()
+        if pid is not None:
+            raise ConnectionError(f"no worker can be started: {pid}")
+        return None
 
     def status(self, pid: int) -> int | None:
         """Return the exit status of a worker, None while it lives. Once it is returned, others may get the id."""
         try:
             self._socket.sendall(json.dumps(pid).encode())
-            return self._answer()
+            status = self._answer()
+            assert not isinstance(status, str)
+            return status
         except OSError:  # the server is dead and has taken its workers along
             return -int(signal.SIGKILL)
 
-    def _answer(self) -> int | None:
+    def _answer(self) -> int | str | None:
         answer = self._socket.recv(_MESSAGE_BYTES)
         if not answer:
             raise ConnectionError
-        number: int | None = json.loads(answer)
-        return number
+        content: int | str | None = json.loads(answer)
+        return content
 
     def _last_words(self) -> str:
         assert self._process.stderr is not None
@@ -200,7 +210,7 @@ class SpawnedProcess:
 
 def main() -> None:
     """Fork workers for the socket whose file descriptor is the first argument, until its other side is closed."""
-    _end_with_parent()
+    end_with_parent()
     ignore_signals()
     requests = socket.socket(fileno=int(sys.argv[1]))
     # Everything that a worker needs but the kernel and the device. No torch operation runs here: threads and device
@@ -216,13 +226,18 @@ def main() -> None:
         if isinstance(request, int):
             requests.sendall(json.dumps(_status(request)).encode())
             continue
-        pid = None if request["gpu"] and _has_loaded_driver() else os.fork()
-        if pid == 0:
+        answer: int | str | None = None
+        if not (request["gpu"] and _has_loaded_driver()):
+            try:
+                answer = os.fork()
+            except OSError as error:
+                answer = str(error.strerror)
+        if answer == 0:
             requests.close()
             _work(worker, request, *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
-        requests.sendall(json.dumps(pid).encode())
+        requests.sendall(json.dumps(answer).encode())
 
 
 def _has_loaded_driver() -> bool:
@@ -231,7 +246,10 @@ def _has_loaded_driver() -> bool:
 
 
 def _status(pid: int) -> int | None:
-    ended, status = os.waitpid(pid, os.WNOHANG)
+    try:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:  # none of these
+        return -int(signal.SIGKILL)
     return os.waitstatus_to_exitcode(status) if ended else None
 
 
@@ -242,8 +260,8 @@ def _work(worker: Any, request: dict[str, Any], connection: int, output: int) ->
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
-        _end_with_parent()
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is a result; a core file for each fills the disk
+        os.set_inheritable(connection, False)  # a child of the kernel's must not hide its death
+        end_with_parent()
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
@@ -256,8 +274,10 @@ def _work(worker: Any, request: dict[str, Any], connection: int, output: int) ->
         os._exit(status)  # never back into the server's loop
 
 
-def _end_with_parent() -> None:
-    """Have Linux kill this process when its parent dies, even while this one is stopped."""
+def end_with_parent() -> None:
+    """Have Linux kill this process when its parent dies, even while this one is stopped, and keep no core file of it: a
+    crash is a result, and a file for each would fill the disk."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before

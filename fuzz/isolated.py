@@ -10,19 +10,19 @@ from types import TracebackType
 from typing import Any
 
 from kernelfuzz.fuzz import sanitizer
-from kernelfuzz.fuzz.executor import LoadedKernel, Replacements, Request
+from kernelfuzz.fuzz.executor import LoadedKernel, Replacements, Request, WorkerLostError
 from kernelfuzz.fuzz.job import Job
-from kernelfuzz.fuzz.verdict import Failure, Verdict, by_severity
+from kernelfuzz.fuzz.verdict import UNUSABLE_AFTERWARDS, Failure, Verdict, by_severity
 from kernelfuzz.fuzz.worker_process import Worker
 from kernelfuzz.strategies.errors import KernelfuzzError
 
-FIRST_SECONDS = 120.0
+FIRST_SECONDS = 60.0
 LEAST_SECONDS = 5.0
 SLOWEST_TIMES = 20.0
 """How long a worker may be silent: FIRST_SECONDS while little was seen of a kernel, which may still be compiled; then
 SLOWEST_TIMES what its slowest case took, but LEAST_SECONDS at least."""
 
-CONFIRMING_TIMES = 4.0
+CONFIRMING_TIMES = 3.0
 """How much longer a case whose worker fell silent is given when it is run again, to tell a hang from a busy machine."""
 
 QUEUE = 4
@@ -31,26 +31,79 @@ QUEUE = 4
 MOST_SPARES = 4
 
 
+class WorkerPool:
+    """Makes the workers of one job, and keeps spare ones ready for those that are lost.
+
+    On a GPU, where a new worker takes seconds, one spare is started ahead; elsewhere the first after the first loss.
+    There are more when none was ready in time. Without `spares` there are none.
+    """
+
+    def __init__(self, job: Job, tool: sanitizer.Tool | None = None, *, spares: bool = True) -> None:
+        self.replacements = Replacements()
+        self.tool = tool
+        self._job = job
+        self._most = MOST_SPARES if spares else 0
+        self._wanted = min(0 if job.device.type == "cpu" else 1, self._most)
+        self._spares: list[Worker] = []
+        self._lost: list[Worker] = []
+
+    def start(self) -> Worker:
+        """Return a new worker, which loads its kernel in the background."""
+        return Worker(self._job, self.tool)
+
+    def refill(self) -> None:
+        """Start the spares that are wanted."""
+        while len(self._spares) < self._wanted:
+            self._spares.append(self.start())
+
+    def replace(self, worker: Worker) -> Worker:
+        """End a worker and return another one with its kernel loaded. Raises KernelfuzzError where none can be had."""
+        worker.kill()  # what its device needs to let go of it is not waited for
+        self._lost.append(worker)
+        self.replacements.workers += 1
+        ready = [spare for spare in self._spares if spare.is_loaded()]
+        self.replacements.waits += bool(self._wanted and not ready)
+        self._wanted = min(self._wanted + (not ready), self._most)
+        for spare in ready or self._spares[:1]:
+            self._spares.remove(spare)
+            with suppress(KernelfuzzError):  # one spare too many for the device's memory, say
+                spare.loaded()
+                self.refill()
+                return spare
+            spare.close()
+        another = self.start()
+        try:
+            another.loaded()
+        except KernelfuzzError:
+            another.close()
+            raise
+        self.refill()
+        self._lost = [each for each in self._lost if not each.has_ended()]
+        return another
+
+    def close(self) -> None:
+        """End the spares, and wait for those that were lost."""
+        for worker in (*self._spares, *self._lost):
+            worker.close()
+        self._spares.clear()
+        self._lost.clear()
+
+
 class IsolatedExecutor:
     """Runs requests in a worker process of its own; use it as a context manager.
 
     The process starts at once and loads its kernel in the background. A worker that dies or falls silent fails its
-    request; a spare one, or else a new one, takes over and goes on with the rest. On a GPU, where a new worker takes
-    seconds, a spare is started ahead; more of them when none was ready in time.
+    request; another one takes over and goes on with the rest.
     """
 
-    def __init__(self, job: Job, tool: sanitizer.Tool | None = None) -> None:
-        self.replacements = Replacements()
-        self._job = job
-        self._tool = tool
-        self._spares: list[Worker] = []
-        self._wanted_spares = 0 if job.device.type == "cpu" else 1
+    def __init__(self, job: Job, tool: sanitizer.Tool | None = None, pool: WorkerPool | None = None) -> None:
+        self._pool = WorkerPool(job, tool) if pool is None else pool
         self._awaited: deque[Request] = deque()
         self._since = 0.0
         self._slowest = 0.0
         self._answered = 0
         self._has_hung = False
-        self._worker = self._start()
+        self._worker = self._pool.start()
 
     def __enter__(self) -> "IsolatedExecutor":
         return self
@@ -60,18 +113,16 @@ class IsolatedExecutor:
     ) -> None:
         self.close()
 
-    def _start(self) -> Worker:
-        return Worker(self._job, self._tool)
+    @property
+    def replacements(self) -> Replacements:
+        """What was replaced until now."""
+        return self._pool.replacements
 
     def loaded(self) -> LoadedKernel:
         """Wait until the kernel is loaded. Raises KernelfuzzError if it cannot be, with the worker's reason."""
         kernel = self._worker.loaded()
-        self._add_spares()
+        self._pool.refill()
         return kernel
-
-    def _add_spares(self) -> None:
-        while len(self._spares) < self._wanted_spares:
-            self._spares.append(self._start())
 
     @property
     def connection(self) -> Any:
@@ -93,8 +144,8 @@ class IsolatedExecutor:
         reports are the request's own."""
         if not self._worker.is_loaded():
             return False
-        self._worker.loaded()
-        return len(self._awaited) < (QUEUE if self._tool is None else 1)
+        self.loaded()
+        return len(self._awaited) < (QUEUE if self._pool.tool is None else 1)
 
     def submit(self, request: Request) -> None:
         """Send a request to the worker."""
@@ -125,38 +176,44 @@ class IsolatedExecutor:
 
     def close(self) -> None:
         """End the worker and the spares."""
-        for each in (self._worker, *self._spares):
-            each.close()
-        self._spares.clear()
+        self._worker.close()
+        self._pool.close()
 
     def _next(self, seconds: float) -> Verdict | None:
         """Return the verdict on the first awaited request, or None if there is none after so many seconds."""
-        request = self._awaited[0]
         try:
             answer = self._worker.receive(seconds)
         except TimeoutError:
             if self.seconds_left > 0:
                 return None
-            ended = self._ended(_silence(self._patience()))
+            return self._lose(_silence(self._patience()))
         except (EOFError, ConnectionError):
-            ended = self._ended(self._worker.death())
-        else:
-            return self._take(answer)
-        verdict = self._examine(request, ended)
-        self._resend()
-        return verdict
-
-    def _take(self, answer: dict[str, Any]) -> Verdict:
-        """Return an answer's verdict; see to it that the worker is usable afterwards."""
+            return self._lose(self._worker.death())
         self._answered += 1
-        self._slowest = max(self._slowest, time.monotonic() - self._since)
         verdict = self._with_reports(Verdict.from_json(answer["verdict"]))
-        if not answer["usable"]:
-            request = self._awaited[0]
-            self._replace()
-            if len(request.seeds) > 1 and verdict.seed is None:
-                verdict = self._examine(request, verdict.failures)
-            self._resend()
+        self._slowest = max(self._slowest, sum(verdict.seconds.values()))
+        if answer["usable"]:
+            return verdict
+        is_of_one_seed = len(self._awaited[0].seeds) == 1 or verdict.seed is not None
+        is_known = is_of_one_seed and verdict.failures[0].clause != UNUSABLE_AFTERWARDS
+        return self._go_on(verdict.failures, verdict if is_known else None)
+
+    def _lose(self, how: Failure) -> Verdict:
+        """Return the verdict on the first awaited request, whose worker ended so."""
+        return self._go_on((how, *self._worker.reports()), None)
+
+    def _go_on(self, ended: tuple[Failure, ...], verdict: Verdict | None) -> Verdict:
+        """Replace the worker, find the verdict on the first awaited request where it is not known, and send the new
+        worker the rest."""
+        request = self._awaited[0]
+        try:
+            self._worker = self._pool.replace(self._worker)
+            verdict = verdict or self._examine(request, ended)
+        except KernelfuzzError as error:
+            known = verdict or Verdict(by_severity(list(ended)), cases=len(request.seeds))
+            raise WorkerLostError(str(error), request, known) from error
+        for waiting in list(self._awaited)[1:]:
+            self._worker.send(waiting.message)
         return verdict
 
     def _with_reports(self, verdict: Verdict) -> Verdict:
@@ -166,41 +223,10 @@ class IsolatedExecutor:
             return verdict
         return dataclasses.replace(verdict, failures=by_severity([*failures, *verdict.failures]))
 
-    def _resend(self) -> None:
-        """Send what the lost worker had not answered, but for the first request, to the new one."""
-        for request in list(self._awaited)[1:]:
-            self._worker.send(request.message)
-
-    def _replace(self) -> None:
-        """Put a spare worker, or else a new one, in the place of this one, and wait until it is loaded."""
-        self._worker.close()
-        self.replacements.workers += 1
-        ready = [spare for spare in self._spares if spare.is_loaded()]
-        if self._wanted_spares and not ready:
-            self.replacements.waits += 1
-        self._wanted_spares = min(self._wanted_spares + (not ready), MOST_SPARES)
-        for spare in ready or self._spares[:1]:
-            self._spares.remove(spare)
-            self._worker = spare
-            with suppress(KernelfuzzError):  # one spare too many for the device's memory, say
-                spare.loaded()
-                break
-            spare.close()
-        else:
-            self._worker = self._start()
-            self._worker.loaded()
-        self._add_spares()
-
     def _patience(self) -> float:
         if self._answered < 3:
             return FIRST_SECONDS
         return min(FIRST_SECONDS, max(LEAST_SECONDS, SLOWEST_TIMES * self._slowest))
-
-    def _ended(self, how: Failure) -> tuple[Failure, ...]:
-        """Replace the worker, which ended so; return that and what the sanitizer reported."""
-        reports = self._worker.reports()
-        self._replace()
-        return (how, *reports)
 
     def _ask(self, request: Request, seconds: float, *, rehearsal: bool = False) -> Verdict | tuple[Failure, ...]:
         """Run a request on the worker and wait; return the verdict, or how the worker ended, which is replaced then."""
@@ -208,13 +234,17 @@ class IsolatedExecutor:
         try:
             answer = self._worker.receive(seconds)
         except TimeoutError:
-            return self._ended(_silence(seconds))
+            how = _silence(seconds)
         except (EOFError, ConnectionError):
-            return self._ended(self._worker.death())
-        verdict = self._with_reports(Verdict.from_json(answer["verdict"]))
-        if not answer["usable"]:
-            self._replace()
-        return verdict
+            how = self._worker.death()
+        else:
+            verdict = self._with_reports(Verdict.from_json(answer["verdict"]))
+            if not answer["usable"]:
+                self._worker = self._pool.replace(self._worker)
+            return verdict
+        reports = self._worker.reports()
+        self._worker = self._pool.replace(self._worker)
+        return (how, *reports)
 
     def _examine(self, request: Request, ended: tuple[Failure, ...]) -> Verdict:
         """Return the verdict on a request after which the worker `ended` so.
@@ -255,17 +285,17 @@ def _silence(seconds: float) -> Failure:
 class Fleet:
     """Several workers of one job: requests go to whichever has least to do, answers come in the order of submission."""
 
-    def __init__(self, job: Job, workers: int, tool: sanitizer.Tool | None = None) -> None:
-        self._executors = [IsolatedExecutor(job, tool) for _ in range(workers)]
+    def __init__(self, job: Job, workers: int, tool: sanitizer.Tool | None = None, *, spares: bool = True) -> None:
+        self._pool = WorkerPool(job, tool, spares=spares)
+        self._executors = [IsolatedExecutor(job, tool, self._pool) for _ in range(workers)]
         self._tickets: list[deque[int]] = [deque() for _ in self._executors]
         self._answers: dict[int, tuple[Request, Verdict]] = {}
         self._submitted = self._returned = 0
 
     @property
     def replacements(self) -> Replacements:
-        """The sum over the workers."""
-        each = [executor.replacements for executor in self._executors]
-        return Replacements(sum(one.workers for one in each), sum(one.waits for one in each))
+        """What was replaced until now."""
+        return self._pool.replacements
 
     def loaded(self) -> LoadedKernel:
         """Wait until the first worker has loaded the kernel."""

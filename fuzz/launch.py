@@ -77,8 +77,13 @@ def judge(target: Target, kernel: Kernel, case: Case, seeds: Sequence[int], cond
         spent.update(verdict.seconds)
         if verdict.failures or verdict.rejected:
             return dataclasses.replace(verdict, seed=seed, cases=number, seconds=dict(spent))
-    # What fails among other seeds and not alone is a failure still: the launches before it matter.
-    return together or Verdict(ratio=worst, cases=len(seeds), seconds=dict(spent))
+    if together is None:
+        return Verdict(ratio=worst, cases=len(seeds), seconds=dict(spent))
+    # What fails among other seeds and not alone is a failure still: now and then, or after the launches before it.
+    note = "; only when launched together with other seeds"
+    failures = tuple(dataclasses.replace(each, message=each.message + note) for each in together.failures)
+    places = [each.elements[0]["index"][0] for each in failures if each.elements]
+    return dataclasses.replace(together, failures=failures, seed=seeds[places[0]] if places else None)
 
 
 def judge_alone(target: Target, kernel: Kernel | None, case: Case, conditions: Conditions) -> Verdict:
@@ -111,13 +116,14 @@ def _judge(
     refused, failures = False, list[Failure]()
     try:
         if kernel is not None:
-            with _placed(case.placement, device):
+            with _placed(case.placement, device) as devices:
                 refused, failures = _launch(
-                    kernel, launches, expectation.error, conditions, lenient=forgotten is not None
+                    kernel, launches, expectation.error, conditions, devices, lenient=forgotten is not None
                 )
     except UnsupportedCaseError as error:
         return Verdict(rejected=str(error), seconds=watch.seconds)
     if any(failure.kind == "crash" for failure in failures):  # the device's memory cannot be read any more
+        failures = _as_of(case.placement, failures)
         return Verdict(tuple(failures), cases=len(launches), seconds=watch.seconds)
     watch.lap("kernel")
     stray = [judge_stray_write(write) for write in buffers.stray_writes()]
@@ -134,9 +140,15 @@ def _judge(
             failures += found
             worst = max(worst, ratio)
     watch.lap("check")
-    if forgotten is not None:  # whatever comes of it is one and the same mistake
-        failures = [dataclasses.replace(failure, output="", clause="tensor_on_cpu") for failure in failures]
+    failures = _as_of(case.placement, failures)
     return Verdict(by_severity(failures), worst, cases=len(launches), seconds=watch.seconds)
+
+
+def _as_of(placement: Placement, failures: list[Failure]) -> list[Failure]:
+    """Return the failures under the clause that was broken: with a tensor on the CPU they are all the same mistake."""
+    if placement.tensor_on_cpu is None:
+        return failures
+    return [dataclasses.replace(failure, output="", clause="tensor_on_cpu") for failure in failures]
 
 
 def _launch(
@@ -144,6 +156,7 @@ def _launch(
     launches: Sequence[tuple[Any, Mapping[str, torch.Tensor]]],
     wanted: ExpectedError | None,
     conditions: Conditions,
+    devices: Sequence[torch.device],
     *,
     lenient: bool,
 ) -> tuple[bool, list[Failure]]:
@@ -154,13 +167,13 @@ def _launch(
         for inputs, outputs in launches:
             try:
                 kernel.launch(inputs, outputs)
-            except UnsupportedCaseError:
+            except (UnsupportedCaseError, torch.OutOfMemoryError):  # neither is the kernel's fault
                 raise
             except OutOfBoundsError as error:
                 clause = f"{error.access}_in_{error.kernel}"
                 return False, [Failure("out_of_bounds", error.argument or "", clause, str(error))]
             except Exception as error:
-                if unusable(conditions.device) is not None:
+                if unusable(*devices) is not None:
                     return False, [_crash(error)]
                 if not lenient and not (wanted is not None and wanted.text in str(error)):
                     return False, [_raised(error)]
@@ -169,7 +182,7 @@ def _launch(
                 if wanted is not None:
                     message = f"accepted what must be refused with {wanted.text!r}"
                     return False, [Failure("not_raised", "", wanted.clause, message)]
-    return refused, _settle(conditions.device)
+    return refused, _settle(devices)
 
 
 def _raised(error: Exception) -> Failure:
@@ -178,32 +191,36 @@ def _raised(error: Exception) -> Failure:
 
 
 @contextmanager
-def _placed(placement: Placement, device: torch.device) -> Iterator[None]:
-    """Make current what the placement says. The tensors are made: the device has nothing left to do."""
+def _placed(placement: Placement, device: torch.device) -> Iterator[tuple[torch.device, ...]]:
+    """Make current what the placement says, and give the devices that a call may launch on. The tensors are made: the
+    device has nothing left to do."""
     if device.type == "cpu":
-        yield
+        yield (device,)
         return
     backend = getattr(torch, device.type)
-    index = device.index or 0
+    current = device
     if placement.other_device_current:
         if backend.device_count() < 2:
             raise UnsupportedCaseError(f"there is no other {device.type} device here")
-        index = (index + 1) % backend.device_count()
+        current = torch.device(device.type, (device.index + 1) % backend.device_count())
     with ExitStack() as stack:
         if placement.side_stream:
             stack.enter_context(backend.stream(backend.Stream(device)))
-        stack.enter_context(backend.device(index))
-        yield
+        stack.enter_context(backend.device(current))
+        yield (device,) if current == device else (device, current)
 
 
-def _settle(device: torch.device) -> list[Failure]:
-    """Wait for the launches; return what the device says of them: an error that ended its context, or one that the
-    host code left pending for whoever launches next."""
+def _settle(devices: Sequence[torch.device]) -> list[Failure]:
+    """Wait for the launches; return what the devices say of them: an error that ended a context, or one that the host
+    code left pending for whoever launches next."""
     try:
-        synchronize(device)
-        _probe(device)
+        for device in devices:
+            synchronize(device)
+            _probe(device)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        if unusable(device) is not None:
+        if unusable(*devices) is not None:
             return [_crash(error)]
         return [Failure("raised", "", f"{_error_name(error)}_left_pending", f"left pending: {_first_line(error)}")]
     return []
@@ -218,9 +235,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _error_name(error: Exception) -> str:
-    """Return what the runtime calls the error: "CUDA error: an illegal memory access was encountered" as
-    illegal_memory_access."""
-    text = _first_line(error).rpartition("error: ")[2].lower()
+    """Return what the runtime calls the error, by whomever it is passed on: "CUDA error: an illegal memory access was
+    encountered" and "Triton Error [CUDA]: an illegal memory access was encountered" as illegal_memory_access."""
+    text = re.split(r"\berror(?: \[\w+\])?: ", _first_line(error).lower())[-1]
     text = re.sub(r"^an? | was encountered$|[^a-z0-9 ]", "", text)
     return "_".join(text.split()[:8]) or type(error).__name__
 
@@ -237,16 +254,19 @@ def _probe(device: torch.device) -> None:
         raise RuntimeError("one and one is not two")
 
 
-def unusable(device: torch.device) -> str | None:
-    """Return why the device cannot be used any more, or None: an illegal access leaves a context in which every later
-    call fails."""
-    try:
-        _probe(device)
-    except RuntimeError:
-        try:
-            _probe(device)
-        except RuntimeError as error:
-            return _first_line(error)
+def unusable(*devices: torch.device) -> str | None:
+    """Return why one of the devices cannot be used any more, or None: an illegal access leaves a context in which every
+    later call fails. One whose memory is used up is usable."""
+    for device in devices:
+        for is_last in (False, True):  # the first may meet an error that was left pending
+            try:
+                _probe(device)
+                break
+            except torch.OutOfMemoryError:
+                break
+            except RuntimeError as error:
+                if is_last:
+                    return _first_line(error)
     return None
 
 

@@ -2,39 +2,53 @@
 
 import json
 import math
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
 from rich.text import Text
 
+from kernelfuzz.fuzz.campaign import Isolation
 from kernelfuzz.fuzz.console import case_lines, element_lines
-from kernelfuzz.fuzz.executor import Request
+from kernelfuzz.fuzz.executor import Request, WorkerLostError
 from kernelfuzz.fuzz.failures import fingerprint
-from kernelfuzz.fuzz.isolated import IsolatedExecutor
-from kernelfuzz.fuzz.job import default_jobs, named_jobs
+from kernelfuzz.fuzz.job import Job, default_jobs, named_jobs
 from kernelfuzz.strategies.case import Case
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 
 def replay_case(
-    case: Case, targets: list[str], kernels: list[str], device: torch.device | None, console: Console, as_json: bool
+    case: Case,
+    targets: list[str],
+    kernels: list[str],
+    device: torch.device | None,
+    isolation: Callable[[list[Job]], Isolation],
+    console: Console,
+    as_json: bool,
 ) -> int:
     """Run `case` on each of `kernels` (by default the newest releases), print the verdicts, return the exit status.
 
-    Raises KernelfuzzError if `targets` names another target than the case's, or a kernel cannot run it.
+    `isolation` says where jobs run. Raises KernelfuzzError if `targets` names another target than the case's, or a
+    kernel cannot run it.
     """
     if set(targets) - {case.target}:
         raise KernelfuzzError(f"the case is for target {case.target}, not {', '.join(targets)}")
     jobs = named_jobs([case.target], kernels, device) if kernels else default_jobs([case.target], device)[0]
     if not jobs:
         raise KernelfuzzError(f"no kernel for {case.target} can run here: see kernelfuzz list")
+    where = isolation(jobs)
     for line in case_lines(case):
         console.print(line)
     results = []
     for job in jobs:
-        with IsolatedExecutor(job) as executor:
+        executor = where.executor(job)
+        try:
             kernel = executor.loaded()
             verdict = executor.run(Request.alone(case))
+        except WorkerLostError as lost:  # the verdict is what was asked for
+            verdict = lost.verdict
+        finally:
+            executor.close()
         if verdict.error:
             raise KernelfuzzError(f"{job}: the case cannot be judged: {verdict.error}")
         outcome = "rejected" if verdict.rejected else "FAILED" if verdict.failures else "passed"

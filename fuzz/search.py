@@ -10,6 +10,8 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 from unittest import SkipTest
 
 import hypothesis
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.database import ExampleDatabase
 
 from kernelfuzz.fuzz import events
-from kernelfuzz.fuzz.executor import Executor, Request
+from kernelfuzz.fuzz.executor import Executor, Request, WorkerLostError
 from kernelfuzz.fuzz.failures import CaseFailedError, exception_class, fingerprint
 from kernelfuzz.fuzz.job import Job
 from kernelfuzz.fuzz.verdict import Failure, Verdict
@@ -41,6 +43,8 @@ SECOND_TRY_EXAMPLES = 300
 
 MOST_ERRORS = 20
 """Cases that the harness may fail to judge before it gives up on a job."""
+
+Answer = TypeVar("Answer")
 
 RecordInFlight = Callable[[Sequence[Request]], None]
 """Called with all requests that are in workers' hands, or about to be."""
@@ -107,8 +111,11 @@ class Search:
         end so is one that was seen while another one was shrunk, and never again.
         """
         saved = _SavedExamples(database)
-        for request in first:  # not recorded: what ends the campaign twice is not run a third time
-            self._take(request, self._executor.run(request), self.examples, shrinking=False)
+        for request in first:
+            if self.budget_spent():
+                break
+            self.examples += 1
+            self._judge(request, records=False)  # what ends the campaign twice is not run a third time
         self._replay(_Chunk(strategy, seed, FIRST_CHUNK), saved, small)
         number, size = 0, FIRST_CHUNK
         while not self.budget_spent():
@@ -160,7 +167,7 @@ class Search:
         self._receive(chunk, block=False)
 
     def _receive(self, chunk: _Chunk, *, block: bool) -> None:
-        for request, verdict in self._executor.receive(block=block):
+        for request, verdict in self._kept(partial(self._executor.receive, block=block)):
             number = self._in_flight.pop(request)
             chunk.verdicts[request.case] = verdict
             for name in self._take(request, verdict, number, shrinking=False):
@@ -174,11 +181,22 @@ class Search:
     def _request(self, case: Case) -> Request:
         return Request(case, tuple(derive_seed(case.seed, index) for index in range(self._seeds)))
 
-    def _judge(self, request: Request, *, shrinking: bool = False) -> Verdict:
+    def _kept(self, call: Callable[[], Answer]) -> Answer:
+        """Return what the executor answers. What it says of the request over which it lost its last worker is taken
+        before its error goes on."""
+        try:
+            return call()
+        except WorkerLostError as lost:
+            number = self._in_flight.pop(lost.request, self.examples)
+            self._take(lost.request, lost.verdict, number, shrinking=False)
+            raise
+
+    def _judge(self, request: Request, *, shrinking: bool = False, records: bool = True) -> Verdict:
         """Run a request and wait for the verdict."""
         self._in_flight[request] = self.examples
-        self._record()
-        verdict = self._executor.run(request)
+        if records:
+            self._record()
+        verdict = self._kept(partial(self._executor.run, request))
         del self._in_flight[request]
         self._take(request, verdict, self.examples, shrinking=shrinking)
         return verdict

@@ -114,6 +114,7 @@ class Summary:
         entry = self.entry(event.job)
         entry.seconds = time.monotonic() - self._job_started
         verdict = event.verdict
+        entry.state = "running" if entry.state == "compiling" else entry.state
         entry.cases += verdict.cases
         entry.examples = event.examples
         entry.spent.update(verdict.seconds)

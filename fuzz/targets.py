@@ -21,8 +21,8 @@ class Target:
     """One kernel contract: how its cases are drawn, made into tensors and judged.
 
     The functions take the target's own case and inputs types; the engine only passes them on. Where it is `stackable`,
-    make_inputs takes several content seeds at once, and outputs and expect take what it makes of them. Where it is
-    `specialised`, its kernels are compiled anew for classes of cases, and cases takes a `palette` to draw most from.
+    make_inputs takes several content seeds at once, and outputs and expect take what it makes of them. `specialised`
+    names the fields of a case that its kernels are compiled for; where there are any, cases takes a `palette`.
     huge_cases draws the cases of the regime huge, where there is one.
     """
 
@@ -34,7 +34,7 @@ class Target:
     outputs: Callable[[Any], OutputSpecs]
     expect: Callable[[Any, Any], Expectation]
     stackable: bool = False
-    specialised: bool = False
+    specialised: tuple[str, ...] = ()
     huge_cases: Callable[..., st.SearchStrategy[Any]] | None = None
 
 
@@ -48,7 +48,7 @@ def _target(strategy: Any, oracle: Any) -> Target:
         outputs=oracle.outputs,
         expect=oracle.expect,
         stackable=getattr(strategy, "STACKABLE", False),
-        specialised=bool(getattr(strategy, "SPECIALISED", ())),
+        specialised=getattr(strategy, "SPECIALISED", ()),
         huge_cases=getattr(strategy, "huge_cases", None),
     )
 

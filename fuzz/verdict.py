@@ -27,6 +27,9 @@ FailureKind = Literal[
 KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 SHOWN_ELEMENTS = 6
 
+UNUSABLE_AFTERWARDS = "unusable_afterwards"
+"""The clause of a crash that is seen only after a case: it may be the harness's own."""
+
 
 @dataclass(frozen=True)
 class Failure:

@@ -9,16 +9,17 @@ import os
 import select
 import sys
 import threading
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from kernelfuzz.fuzz.buffers import Memory
-from kernelfuzz.fuzz.forkserver import ignore_signals
+from kernelfuzz.fuzz.forkserver import end_with_parent, ignore_signals
 from kernelfuzz.fuzz.launch import Conditions, filled_scratch, judge, judge_alone, unusable
 from kernelfuzz.fuzz.targets import Target, get_target
-from kernelfuzz.fuzz.verdict import Verdict
+from kernelfuzz.fuzz.verdict import UNUSABLE_AFTERWARDS, Failure, Verdict
 from kernelfuzz.kernels import registry
 from kernelfuzz.kernels.base import Kernel, KernelName
 from kernelfuzz.strategies.case import from_json
@@ -27,7 +28,9 @@ from kernelfuzz.strategies.errors import KernelfuzzError
 
 def main() -> None:
     """Be a worker for the connection whose file descriptor is the first argument: a program of its own."""
+    end_with_parent()
     ignore_signals()
+    os.set_inheritable(int(sys.argv[1]), False)
     run(int(sys.argv[1]))
 
 
@@ -53,6 +56,8 @@ def load(request: dict[str, Any]) -> tuple[Target, Kernel, Conditions]:
     Raises KernelfuzzError, in one line, if it cannot be loaded.
     """
     device = torch.device(request["device"])
+    if device.type != "cpu":
+        device = torch.device(device.type, device.index or 0)  # whichever device is current
     target = get_target(request["target"])
     name = KernelName.parse(request["kernel"])
     try:
@@ -94,8 +99,12 @@ def serve(connection: Connection) -> None:
             return
         verdict = answer(target, kernel, message, conditions)
         broken = unusable(conditions.device)
-        _send(connection, {"verdict": verdict.to_json(), "usable": broken is None})
-        if broken is not None:
+        if broken is not None and not verdict.failures:
+            failure = Failure("crash", "", UNUSABLE_AFTERWARDS, f"the device is unusable: {broken}")
+            verdict = replace(verdict, failures=(failure,), error="")
+        usable = not any(failure.kind == "crash" for failure in verdict.failures)
+        _send(connection, {"verdict": verdict.to_json(), "usable": usable})
+        if not usable:
             return
 
 

@@ -70,7 +70,11 @@ class Worker:
         died."""
         if not self.process.connection.poll(seconds):
             raise TimeoutError
-        answer: dict[str, Any] = json.loads(self.process.connection.recv_bytes())
+        try:
+            answer: dict[str, Any] = json.loads(self.process.connection.recv_bytes())
+        except (OSError, ValueError):  # half a message, or what native code wrote over it
+            self.process.kill()
+            raise EOFError from None
         return answer
 
     def is_loaded(self) -> bool:
@@ -85,7 +89,8 @@ class Worker:
             except (EOFError, ConnectionError):
                 reason = f"while it loaded the kernel {self.death().message}"
                 if self._log is not None:
-                    reason = sanitizer.unusable(self._log.path.read_text(errors="replace")) or reason
+                    with suppress(FileNotFoundError):  # it did not come that far
+                        reason = sanitizer.unusable(self._log.path.read_text(errors="replace")) or reason
                 raise KernelfuzzError(f"{self._job}: {reason}") from None
             except TimeoutError:
                 raise KernelfuzzError(f"{self._job}: the kernel was not loaded within {LOAD_SECONDS:g} s") from None
@@ -111,6 +116,17 @@ class Worker:
             return []
         time.sleep(REPORT_SECONDS)
         return sanitizer.failures(self._log.new_reports())
+
+    def kill(self) -> None:
+        """Begin to end the worker."""
+        self.process.kill()
+
+    def has_ended(self) -> bool:
+        """Whether the worker is gone; closes it then."""
+        if self.process.poll() is None:
+            return False
+        self.close()
+        return True
 
     def close(self) -> None:
         """End the worker; closing it again does nothing."""

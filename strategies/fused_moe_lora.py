@@ -20,7 +20,7 @@ from kernelfuzz.strategies.case import Case as BaseCase
 from kernelfuzz.strategies.devices import USUAL, Placement
 from kernelfuzz.strategies.dtypes import DTYPES, Dtype
 from kernelfuzz.strategies.layouts import CONTIGUOUS, POISON_INTEGER, Allocate, Layout, layouts, plain_allocator
-from kernelfuzz.strategies.palette import from_palette
+from kernelfuzz.strategies.palette import share, templates
 from kernelfuzz.strategies.routing import InvalidIds, Routing, routings
 from kernelfuzz.strategies.sizes import sizes
 
@@ -122,7 +122,9 @@ SPECIALISED = (
     "input_layout",
     "output_gap",
 )
-"""Fields that the kernels are compiled for: constants, and integers by whether they are 1 or multiples of 16."""
+"""Fields that the kernels are compiled for: constants, and integers by whether they are 1 or multiples of 16.
+
+Not all of them: some arguments also depend on the batch and on num_adapters, which have to differ from case to case."""
 
 
 @st.composite
@@ -154,8 +156,9 @@ def cases(
     """Draw a case. The simplest has one token.
 
     Every argument narrows a dimension: a tuple holds what may be drawn, the simplest first, and max_... is the largest.
-    `palette`: see `from_palette`.
+    `palette`: see `templates`.
     """
+    template: Case | None = draw(templates(palette))
     num_adapters = draw(st.integers(1, max_adapters))
     rank = draw(ranks(maximum=max_rank))
     sharded = draw(st.sampled_from(fully_sharded))
@@ -189,7 +192,7 @@ def cases(
         output_gap=draw(st.integers(0, 5)),
         placement=draw(placement),
     )
-    return draw(from_palette(case, palette, SPECIALISED))
+    return share(case, template, SPECIALISED)
 
 
 @st.composite

@@ -18,7 +18,7 @@ from kernelfuzz.strategies.case import Case as BaseCase
 from kernelfuzz.strategies.devices import USUAL, Placement
 from kernelfuzz.strategies.dtypes import DTYPES, Dtype
 from kernelfuzz.strategies.layouts import CONTIGUOUS, Allocate, Layout, layouts, plain_allocator
-from kernelfuzz.strategies.palette import from_palette
+from kernelfuzz.strategies.palette import share, templates
 from kernelfuzz.strategies.sizes import sizes
 
 Op = Literal["shrink", "expand"]
@@ -74,18 +74,19 @@ SPECIALISED = (
     "widths",
     "dtype",
     "float32_input",
-    "scale",
+    "scale",  # which goes with op
     "add_inputs",
     "column_offset",
     "column_tail",
     "weights_4d",
-    "visit_all",
     "block_n",
     "block_k",
     "split_k",
     "input_layout",
 )
-"""Fields that the kernels are compiled for: constants, and integers by whether they are 1 or multiples of 16."""
+"""Fields that the kernels are compiled for: constants, and integers by whether they are 1 or multiples of 16.
+
+Not all of them: some arguments also depend on the batch and on num_adapters, which have to differ from case to case."""
 
 
 @st.composite
@@ -108,7 +109,8 @@ def cases(
     placement: st.SearchStrategy[Placement] = USUAL,
     palette: tuple[Case, ...] = (),
 ) -> Case:
-    """Draw a case. The simplest has one token; every argument narrows a dimension. `palette`: see `from_palette`."""
+    """Draw a case. The simplest has one token; every argument narrows a dimension. `palette`: see `templates`."""
+    template: Case | None = draw(templates(palette))
     num_adapters = draw(st.integers(1, max_adapters))
     chosen = draw(st.sampled_from(op))
     expand = chosen == "expand"
@@ -140,7 +142,7 @@ def cases(
         input_layout=draw(layouts()),
         placement=draw(placement),
     )
-    return draw(from_palette(case, palette, SPECIALISED))
+    return share(case, template, SPECIALISED)
 
 
 @st.composite

@@ -5,6 +5,7 @@ campaign builds what a few drawn cases need, and gives most of the others the sa
 """
 
 import dataclasses
+import functools
 from typing import TypeVar
 
 from hypothesis import strategies as st
@@ -13,20 +14,26 @@ from kernelfuzz.strategies.case import Case
 
 AnyCase = TypeVar("AnyCase", bound=Case)
 
-_TIMES = 16
+_FREE_ONCE_IN = 256
 
 
-@st.composite
-def from_palette(draw: st.DrawFn, drawn: AnyCase, palette: tuple[AnyCase, ...], fields: tuple[str, ...]) -> AnyCase:
-    """Draw `drawn` with `fields`, those that its kernels are compiled for, from a case of the palette.
+@functools.cache
+def templates(palette: tuple[AnyCase, ...]) -> st.SearchStrategy[AnyCase | None]:
+    """Draw a case of the palette whose classes another one shares; once in some hundred draws, and always with an empty
+    palette, None: the other one is free.
 
-    One time in some hundred it is left as it is; that is the simplest draw, so that a failure shrinks beyond the
-    palette. With an empty palette it always is.
+    None is the simplest, so that a failure shrinks beyond the palette. To be drawn before the case itself: Hypothesis
+    makes what is drawn late simple now and then.
     """
     if not palette:
-        return drawn
-    index = draw(st.integers(0, _TIMES * len(palette)))
-    if index == 0:
-        return drawn
-    template = palette[index % len(palette)]
-    return dataclasses.replace(drawn, **{name: getattr(template, name) for name in fields})
+        return st.none()
+    return st.sampled_from(range(_FREE_ONCE_IN)).flatmap(
+        lambda number: st.none() if number == 0 else st.sampled_from(palette)
+    )
+
+
+def share(case: AnyCase, template: AnyCase | None, fields: tuple[str, ...]) -> AnyCase:
+    """Return the case with `fields`, those that its kernels are compiled for, taken from the template, if any."""
+    if template is None:
+        return case
+    return dataclasses.replace(case, **{name: getattr(template, name) for name in fields})

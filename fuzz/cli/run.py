@@ -69,9 +69,15 @@ def run(
     console = Console(stderr=as_json, highlight=False, emoji=False)
     where = None if device is None else parse_device(device)
     if case is not None:
-        if examples is not None or time is not None:
-            raise KernelfuzzError("--case runs one case: leave out --examples and --time")
-        raise typer.Exit(replay_case(read_case(case), targets or [], kernel or [], where, console, as_json))
+        if any(option is not None for option in (examples, time, seed, workers, regime)):
+            raise KernelfuzzError("--case runs one case: leave out --examples, --time, --seed, --workers and --regime")
+        tool = _sanitizer(sanitizer)
+
+        def isolation_of(jobs: list[Job]) -> Isolation:
+            return _isolation(jobs, isolate, None, tool)
+
+        saved = read_case(case)
+        raise typer.Exit(replay_case(saved, targets or [], kernel or [], where, isolation_of, console, as_json))
     for name in targets or []:
         get_target(name)
     budget = _budget(examples, time)
@@ -81,7 +87,11 @@ def run(
     chosen_regime = require_regime(regime, jobs)
     jobs, left_out = in_regime(chosen_regime, jobs)
     if chosen_regime == "huge":
-        isolation = replace(isolation, workers=1)  # each may take all of the memory
+        if workers is not None:
+            raise KernelfuzzError(
+                "--regime huge runs one worker, which may take all of the memory: leave out --workers"
+            )
+        isolation = replace(isolation, workers=1)
     _require_writable(out)
     seed = random.randrange(2**32) if seed is None else seed
 
@@ -89,8 +99,8 @@ def run(
     for number in _SIGNALS:
         signal.signal(number, interruption.request)
     summary = Summary()
-    files = FailureFiles(out, seed)
-    display = Display(console, summary, files)
+    files = FailureFiles(out, seed, tool)
+    display = Display(console, summary, files, [] if tool is None else ["--sanitizer", tool])
     summary_file = SummaryFile(out, summary)
     bus = events.Bus([summary, files, summary_file, display, interruption])
     try:

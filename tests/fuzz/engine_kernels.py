@@ -112,6 +112,12 @@ def stops_once(inputs, outputs):
     right(inputs, outputs)
 
 
+def slow(inputs, outputs):
+    """Right, in a fifth of a second."""
+    time.sleep(0.2)
+    right(inputs, outputs)
+
+
 def kills_itself(inputs, outputs):
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -270,8 +270,9 @@ def test_interruption_ends_with_a_summary(tmp_path, worker_environment):
     summary = as_json((tmp_path / "out" / "summary.json").read_text())
     assert summary["interrupted"] is True
     (result,) = summary["results"]
-    assert (result["cases"], result["failures"]) == (20, [])
-    assert 20 <= result["examples"] < 100_000
+    # Answers that were on their way are as good as cases that still run.
+    assert 16 <= result["cases"] <= 20 <= result["examples"] < 100_000
+    assert result["failures"] == []
 
 
 def test_interruption_keeps_what_was_found(tmp_path, worker_environment):
@@ -325,7 +326,7 @@ def test_killed_campaign_leaves_what_it_found_and_what_was_running(tmp_path, wor
     with start(kernel, tmp_path, worker_environment, "--examples", "20") as again:
         out, err = again.communicate(timeout=120)
     assert (again.returncode, err) == (1, "")
-    assert f"starts with {len(in_flight)} case(s) that were running when an earlier campaign was killed" in out
+    assert f"starts with {len(in_flight)} case(s) that were running when an earlier campaign was cut off" in out
     assert not (tmp_path / "out" / "running").exists()
     assert not (tmp_path / "out" / "interrupted").exists()
 
@@ -530,11 +531,37 @@ def test_case_file_that_cannot_be_read_is_one_line(kernelfuzz, tmp_path):
     assert_one_line(kernelfuzz("run", "--case", "."), "cannot read case file .: Is a directory")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [("--workers", "2"), ("--regime", "huge"), ("--seed", "1"), ("--time", "5s"), ("--sanitizer", "memcheck")],
+    ids=" ".join,
+)
+def test_option_that_means_nothing_for_one_case_is_refused(kernelfuzz, tmp_path, shrink_case, monkeypatch, options):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sanitizer, "DEFAULT_CUDA", tmp_path)
+    (tmp_path / "case.json").write_text(json.dumps(to_json(shrink_case(1))))
+    outcome = kernelfuzz("run", "--case", "case.json", "--kernel", RIGHT, *options)
+    assert outcome.status == 2
+    assert outcome.err.startswith("error: ")
+
+
+def test_one_case_can_be_run_in_the_commands_own_process(tmp_path, worker_environment, shrink_case):
+    (tmp_path / "case.json").write_text(json.dumps(to_json(shrink_case(9))))
+    options = ("--case", "case.json", "--no-isolate")
+    command = ["-c", "from kernelfuzz.fuzz.cli import main; main()", "run", "--kernel", TWO_BUGS, *options]
+    environment = {**worker_environment, "KERNELFUZZ_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"wrong_value  {WRONG_NAME}" in done.stdout
+
+
 def test_case_goes_with_its_own_target_and_no_budget(kernelfuzz, tmp_path, shrink_case):
     (tmp_path / "case.json").write_text(json.dumps(to_json(shrink_case(1))))
     foreign = kernelfuzz("run", "moe_lora_align", "--case", "case.json")
     assert_one_line(foreign, "the case is for target bgmv, not moe_lora_align")
-    assert_one_line(kernelfuzz("run", "--case", "case.json", "--examples", "5"), "leave out --examples and --time")
+    assert_one_line(kernelfuzz("run", "--case", "case.json", "--examples", "5"), "leave out --examples, --time, --seed")
     assert_one_line(kernelfuzz("run", "--case", "case.json", "--kernel", "no_such"), "no kernel 'no_such'")
 
 

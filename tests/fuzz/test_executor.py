@@ -1,7 +1,6 @@
 """The executor: cases in a worker process that may die, hang, or never come up."""
 
 import dataclasses
-import itertools
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.database import InMemoryExampleDatabase
 
 from kernelfuzz.fuzz import events, forkserver, isolated, worker_process
-from kernelfuzz.fuzz.executor import LoadedKernel, Request
+from kernelfuzz.fuzz.executor import LoadedKernel, Request, WorkerLostError
 from kernelfuzz.fuzz.isolated import Fleet, IsolatedExecutor
 from kernelfuzz.fuzz.job import named_jobs
 from kernelfuzz.fuzz.search import Search
@@ -165,16 +164,15 @@ def test_worker_that_is_stopped_is_no_hang(engine_job, shrink_case, mark, impati
 def test_patience_grows_with_the_slowest_case_seen(engine_job, monkeypatch, shrink_case):
     """A kernel whose cases take long is no kernel that hangs."""
     monkeypatch.setattr(isolated, "LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(isolated, "FIRST_SECONDS", 50.0)
-    with IsolatedExecutor(engine_job("right")) as right:
-        right.loaded()
-        monkeypatch.setattr(isolated.time, "monotonic", itertools.count(step=1.0).__next__)
-        for _ in range(4):
-            run(right, shrink_case(5))
-        monkeypatch.setattr(isolated, "SLOWEST_TIMES", 7.0)
-        slow = right.seconds_left
+    monkeypatch.setattr(isolated, "FIRST_SECONDS", 1e6)
+    with IsolatedExecutor(engine_job("slow")) as slow:
+        slow.loaded()
+        for _ in range(3):
+            run(slow, shrink_case(5))
+        monkeypatch.setattr(isolated, "SLOWEST_TIMES", 5000.0)
+        assert 0 < slow.seconds_left < 1e6
         monkeypatch.setattr(isolated, "SLOWEST_TIMES", 0.0)
-        assert slow > right.seconds_left == 0.0
+        assert slow.seconds_left == 0
 
 
 # Several requests, several seeds, several workers.
@@ -262,6 +260,26 @@ def test_scratch_is_filled_but_where_that_hides_what_is_looked_for(
     with IsolatedExecutor(engine_job("keeps_its_scratch"), tool) as watched:
         watched.loaded()
         assert bool(run(watched, shrink_case(5)).failures) == fails
+
+
+def test_crash_is_kept_where_no_worker_can_take_its_place(engine_job, shrink_case, monkeypatch):
+    """A machine whose device is gone has no more to say than what took it away."""
+    with IsolatedExecutor(engine_job("mortal")) as mortal:
+        mortal.loaded()
+        monkeypatch.setattr(worker_process, "LOAD_SECONDS", -1.0)
+        with pytest.raises(WorkerLostError, match="not loaded within") as lost:
+            run(mortal, shrink_case(2))
+    assert lost.value.request.case == shrink_case(2)
+    assert [failure.clause for failure in lost.value.verdict.failures] == ["exit_status_3"]
+
+
+def test_sanitizer_that_does_not_start_is_one_line(engine_job, fake_sanitizer, tmp_path):
+    (tmp_path / "bin" / "compute-sanitizer").write_text("#!/bin/sh\necho no such option >&2\nexit 255\n")
+    with (
+        IsolatedExecutor(engine_job("right"), "memcheck") as watched,
+        pytest.raises(KernelfuzzError, match="exit_status_255: no such option"),
+    ):
+        watched.loaded()
 
 
 # What is ours.

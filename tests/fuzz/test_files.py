@@ -93,6 +93,7 @@ def test_failure_is_saved_as_found_and_again_when_shrunk(tmp_path, engine_job, s
         "shrunk": False,
         "examples": 17,
         "seed": 3,
+        "sanitizer": None,
     }
     assert read_case(folder / "case.json") == shrink_case(100)
 
@@ -193,3 +194,12 @@ def test_record_that_is_cut_off_is_read_as_far_as_it_goes(tmp_path, engine_job, 
     content = path.read_bytes()
     path.write_bytes(content[: len(content) - 40])
     assert InFlightFile(tmp_path, job).__enter__().left() == requests[:1]
+
+
+def test_cases_stay_for_the_next_campaign_after_an_error(tmp_path, engine_job, shrink_case):
+    job, requests = engine_job("right"), [Request.alone(shrink_case(3))]
+    first = InFlightFile(tmp_path, job).__enter__()
+    first.record(requests)
+    error = KernelfuzzError("the device is gone")
+    first.__exit__(KernelfuzzError, error, None)
+    assert InFlightFile(tmp_path, job).__enter__().left() == requests

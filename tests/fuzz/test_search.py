@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase, InMemoryExampleDatabase
 
 from kernelfuzz.fuzz import events, search
-from kernelfuzz.fuzz.executor import Request
+from kernelfuzz.fuzz.executor import Request, WorkerLostError
 from kernelfuzz.fuzz.targets import get_target
 from kernelfuzz.fuzz.verdict import Failure, Verdict
 from kernelfuzz.strategies.errors import KernelfuzzError
@@ -228,6 +228,33 @@ def test_requests_of_a_campaign_that_was_killed_come_first(run, shrink_case):
     assert done.found[0].case == left[0].case
     assert WRONG_NAME in done.shrunk or done.found[-1].case == left[0].case
     assert not any(request in requests for requests in done.recorded for request in left)
+
+
+def test_what_is_run_first_is_part_of_the_budget(run, shrink_case):
+    left = [Request.alone(shrink_case(rank)) for rank in range(1, 8)]
+    done = run(passes, limit=4)
+    done.search.run(BGMV.cases(), 1, InMemoryExampleDatabase(), None, left)
+    assert done.cases == [request.case for request in left[:4]]
+    assert done.search.examples == 4
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+def test_crash_over_which_the_last_worker_was_lost_is_reported(run, delay):
+    done = run(passes, limit=100, delay=delay)
+    crash = Failure("crash", "", "SIGABRT", "the worker died: SIGABRT")
+    receive = done.receive
+
+    def lost(*, block):
+        answers = receive(block=block)
+        if len(done.cases) > 20 and answers:
+            raise WorkerLostError("the kernel cannot be loaded again", answers[0][0], Verdict((crash,)))
+        return answers
+
+    done.receive = lost
+    with pytest.raises(WorkerLostError, match="cannot be loaded again"):
+        done()
+    assert [event.failure for event in done.found] == [crash]
+    assert done.found[0].case in done.cases
 
 
 def test_case_that_the_harness_cannot_judge_is_no_failure(run):

@@ -1,17 +1,19 @@
 """What a GPU does to a worker, simulated: errors that are seen after the launch, contexts that are lost, and stacks."""
 
 import dataclasses
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given, settings
 
+from kernelfuzz.fuzz import launch
 from kernelfuzz.fuzz.executor import Request
 from kernelfuzz.fuzz.isolated import IsolatedExecutor
 from kernelfuzz.fuzz.job import named_jobs
 from kernelfuzz.fuzz.launch import Conditions, judge, judge_alone
 from kernelfuzz.fuzz.targets import get_target
-from kernelfuzz.kernels.base import Kernel
+from kernelfuzz.kernels.base import Kernel, UnsupportedCaseError
 from kernelfuzz.strategies.batches import Batch, Segment
 from kernelfuzz.strategies.devices import Placement
 from kernelfuzz.strategies.moe_lora_align import Case as AlignCase
@@ -101,7 +103,8 @@ def test_what_fails_only_after_other_launches_is_a_failure_too(monkeypatch):
     with executor_of("moe_lora_align", "align_wrong_after_another") as executor:
         verdict = executor.run(Request(align_case(), (1, 2, 3, 4)))
         assert [failure.kind for failure in verdict.failures] == ["wrong_value"]
-        assert verdict.seed is None
+        assert verdict.seed == 3, "the one that was wrong"
+        assert verdict.failures[0].message.endswith("only when launched together with other seeds")
         monkeypatch.delenv("SIMULATED_STATE")
 
 
@@ -135,6 +138,101 @@ def test_write_between_the_items_of_a_stack_is_out_of_bounds(case):
 
     kinds = [failure.kind for failure in judge(ALIGN, Kernel(too_far, "faulty"), case, [3, 4, 5], CPU).failures]
     assert kinds == ["out_of_bounds"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "Triton Error [CUDA]: an illegal memory access was encountered",
+        "CUDA error: an illegal memory access was encountered\nSearch for `cudaErrorIllegalAddress'",
+    ],
+)
+def test_one_error_of_the_device_has_one_name_whoever_passes_it_on(text, monkeypatch):
+    def lose_the_context(inputs, outputs):
+        monkeypatch.setattr(launch, "_probe", _raising(RuntimeError(text)))
+        raise RuntimeError(text)
+
+    (failure,) = judge_alone(ALIGN, Kernel(lose_the_context, "kernel"), align_case(), CPU).failures
+    assert (failure.kind, failure.clause) == ("crash", "illegal_memory_access")
+
+
+def _raising(error):
+    def raise_it(device):
+        raise error
+
+    return raise_it
+
+
+def test_memory_that_is_used_up_is_not_the_kernels_fault():
+    def out_of_memory(inputs, outputs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError):  # which a worker reports as the harness's own error
+        judge_alone(ALIGN, Kernel(out_of_memory, "kernel"), align_case(), CPU)
+
+
+class FakeBackend:
+    """Stands for torch.cuda with two devices, and tells what was current during the launch."""
+
+    def __init__(self, monkeypatch, count=2):
+        self.current = []
+        self.synchronised = []
+        self._count = count
+        monkeypatch.setattr(torch, "cuda", self)
+        monkeypatch.setattr(launch, "synchronize", self.synchronised.append)
+        monkeypatch.setattr(launch, "_probe", lambda device: None)
+
+    def device_count(self):
+        return self._count
+
+    @contextmanager
+    def device(self, device):
+        self.current.append(("device", str(device)))
+        yield
+        self.current.pop()
+
+    @contextmanager
+    def stream(self, stream):
+        self.current.append(("stream", stream))
+        yield
+        self.current.pop()
+
+    def Stream(self, device):
+        return f"a stream of {device}"
+
+
+@pytest.mark.parametrize(
+    ("placement", "current", "settled"),
+    [
+        (Placement(), [("device", "cuda:1")], ["cuda:1"]),
+        (
+            Placement(side_stream=True),
+            [("stream", "a stream of cuda:1"), ("device", "cuda:1")],
+            ["cuda:1"],
+        ),
+        (Placement(other_device_current=True), [("device", "cuda:0")], ["cuda:1", "cuda:0"]),
+    ],
+)
+def test_launch_sees_the_placement_and_every_device_it_may_use_is_waited_for(monkeypatch, placement, current, settled):
+    backend = FakeBackend(monkeypatch)
+    seen = []
+    kernel = Kernel(lambda inputs, outputs: seen.append(list(backend.current)), "kernel")
+    device = torch.device("cuda:1")
+    with launch._placed(placement, device) as devices:
+        launch._launch(kernel, [(None, {})], None, Conditions(device), devices, lenient=False)
+    assert seen == [current]
+    assert [str(each) for each in backend.synchronised] == settled
+    assert backend.current == []
+
+
+def test_case_that_needs_another_gpu_is_not_offered_with_one(monkeypatch):
+    FakeBackend(monkeypatch, count=1)
+    with (
+        pytest.raises(UnsupportedCaseError, match="no other cuda device"),
+        launch._placed(Placement(other_device_current=True), torch.device("cuda:0")),
+    ):
+        pass
 
 
 # One tensor left on the CPU: here every tensor is, so only what the verdict makes of it is shown.

@@ -1,6 +1,6 @@
 """Palettes: most cases share what their kernels are compiled for."""
 
-import dataclasses
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -14,33 +14,43 @@ def classes(case, target):
     return tuple(getattr(case, name) for name in target.SPECIALISED)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.Case.target)
+def each_target(function):
+    return pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.Case.target)(function)
+
+
+@each_target
+def test_nearly_all_cases_share_the_classes_of_a_palette_and_all_of_it_is_used(target, drawn):
+    palette = tuple(drawn(target.cases(), 12))
+    cases = drawn(target.cases(palette=palette), 600)
+    compiled = Counter(classes(case, target) for case in cases)
+    of_palette = {classes(case, target) for case in palette}
+    assert sum(count for each, count in compiled.items() if each not in of_palette) <= 12
+    assert of_palette <= compiled.keys()
+    assert max(compiled[each] for each in of_palette) < 200
+
+
+@each_target
 def test_cases_of_a_palette_differ_in_what_is_not_compiled_for(target, drawn):
     palette = tuple(drawn(target.cases(), 4))
     cases = drawn(target.cases(palette=palette), 80)
-    compiled = {classes(case, target) for case in palette}
-    of_palette = [case for case in cases if classes(case, target) in compiled]
-    assert len(of_palette) >= 70
-    assert {classes(case, target) for case in of_palette} == compiled
-    assert len({(case.batch, case.contents, case.seed) for case in of_palette}) > 30
+    assert len({(case.batch, case.contents, case.seed) for case in cases}) > 30
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.Case.target)
+@each_target
 def test_simplest_case_does_not_come_from_the_palette(target, minimal, drawn):
     palette = tuple(drawn(target.cases(), 3))
     assert minimal(target.cases(palette=palette)) == minimal(target.cases())
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.Case.target)
+@each_target
 def test_case_of_a_palette_is_a_whole_case(target, drawn):
-    """Its tensors can be made and judged: what was taken over fits what was drawn."""
+    """Its tensors can be made, and it is in regimes that there are."""
     palette = tuple(drawn(target.cases(max_rank=20, max_hidden=40, max_columns=40), 5))
 
     @settings(max_examples=60)
     @given(target.cases(palette=palette))
     def check(case):
-        inputs = target.make_inputs(dataclasses.replace(case, seed=1), "cpu")
-        assert inputs.case.path in ("small_batch", "one_shot", "two_kernel") if hasattr(case, "path") else True
+        assert target.make_inputs(case, "cpu").case == case
         assert target.regimes(case) <= set(target.REGIMES)
 
     check()

@@ -19,6 +19,7 @@ from kernelfuzz.fuzz.files import FailureFiles
 from kernelfuzz.fuzz.summary import JobSummary, Summary
 from kernelfuzz.strategies.case import Case, to_json
 
+SHOWN_ERRORS = 3
 _STATE_STYLES = {"running": "bold cyan", "shrinking": "bold yellow", "done": "green", "error": "bold red"}
 
 
@@ -86,7 +87,7 @@ class Display:
         for entry in summary.jobs:
             if entry.error:
                 console.print(f"[bold red]error:[/] {escape(entry.error)}", soft_wrap=True)
-            for error, count in entry.errors.items():
+            for error, count in entry.errors.most_common(SHOWN_ERRORS):
                 what = f"{entry.job}: kernelfuzz could not judge {count} case(s), see {folder / 'errors'}: {error}"
                 console.print(f"[bold red]error:[/] {escape(what)}", soft_wrap=True)
             if entry.replacements.workers:
@@ -121,7 +122,8 @@ class Display:
         if not self._files.is_saved(found):
             again = Text(f"  its case, which could not be saved: {json.dumps(to_json(found.case))}")
         seen = f"first seen at example {found.examples:,} of {entry.examples:,}"
-        seen += f", in {entry.hits[found.fingerprint]:,} of them"
+        if hits := entry.hits[found.fingerprint]:
+            seen += f", in {hits:,} of them"
         lines = [
             Text(),
             Text.assemble((f"{failure.kind}", "bold red"), "  ", (found.fingerprint, "bold")),

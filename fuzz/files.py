@@ -202,9 +202,9 @@ class InFlightFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Delete the files: what came of their requests has been reported, or it was Ctrl-C. After an error the file
-        stays, for the next campaign."""
-        if isinstance(error, KernelfuzzError):
+        """Delete the files: what came of their requests has been reported. After an error or Ctrl-C the file stays, for
+        the next campaign."""
+        if error is not None:
             return
         for path in (self._path, self._interrupted) if self._was_left else (self._path,):
             with suppress(OSError):

@@ -17,12 +17,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children")
 _MESSAGE_BYTES = 1 << 20
 _END_SECONDS = 10.0
 _KILL_SECONDS = 30.0
@@ -128,8 +131,11 @@ class ForkServer:
     def close(self) -> None:
         """End the server, and with it every worker that it forked."""
         self._socket.close()
-        self._process.kill()
-        self._process.wait()
+        try:
+            self._process.wait(_END_SECONDS)  # it ends what is left of its workers first
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 @functools.cache
@@ -209,8 +215,11 @@ class SpawnedProcess:
 
 
 def main() -> None:
-    """Fork workers for the socket whose file descriptor is the first argument, until its other side is closed."""
-    end_with_parent()
+    """Fork workers for the socket whose file descriptor is the first argument, until its other side is closed. End then
+    what is left of them, and of what their kernels started."""
+    # When the parent dies the socket's other side is closed; SIGCONT lets a stopped process see it.
+    end_with_parent(signal.SIGCONT)
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what outlives a worker becomes this process's child
     ignore_signals()
     requests = socket.socket(fileno=int(sys.argv[1]))
     # Everything that a worker needs but the kernel and the device. No torch operation runs here: threads and device
@@ -218,13 +227,19 @@ def main() -> None:
     from kernelfuzz.fuzz import worker
 
     worker.import_all()
+    workers: set[int] = set()
     while True:
         message, descriptors, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 2)
         if not message:
+            _end_children(but=set(), seconds=2.0)
             os._exit(0)
         request = json.loads(message)
         if isinstance(request, int):
-            requests.sendall(json.dumps(_status(request)).encode())
+            status = _status(request)
+            if status is not None:
+                workers.discard(request)
+                _end_children(but=workers)
+            requests.sendall(json.dumps(status).encode())
             continue
         answer: int | str | None = None
         if not (request["gpu"] and _has_loaded_driver()):
@@ -235,9 +250,25 @@ def main() -> None:
         if answer == 0:
             requests.close()
             _work(worker, request, *descriptors)
+        if isinstance(answer, int):
+            workers.add(answer)
         for descriptor in descriptors:
             os.close(descriptor)
         requests.sendall(json.dumps(answer).encode())
+
+
+def _end_children(but: set[int], seconds: float = 0.0) -> None:
+    """Kill this process's children, those that it was left by dead workers among them, but for some. What that does not
+    end at once is tried again for so many seconds, or else at the next call."""
+    until = time.monotonic() + seconds
+    while others := set(map(int, _CHILDREN.read_text().split())) - but if _CHILDREN.exists() else set():
+        for pid in others:
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, os.WNOHANG)  # its own children are this process's then
+        if time.monotonic() >= until:
+            return
+        time.sleep(0.001)
 
 
 def _has_loaded_driver() -> bool:
@@ -268,18 +299,20 @@ def _work(worker: Any, request: dict[str, Any], connection: int, output: int) ->
         sys.path += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         worker.run(connection)
         status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(status)  # never back into the server's loop
 
 
-def end_with_parent() -> None:
-    """Have Linux kill this process when its parent dies, even while this one is stopped, and keep no core file of it: a
-    crash is a result, and a file for each would fill the disk."""
+def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Have Linux send this process a signal when its parent dies, and keep no core file of it: a crash is a result, and
+    a file for each would fill the disk."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it died before
         os._exit(1)
 

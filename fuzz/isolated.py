@@ -13,16 +13,17 @@ from kernelfuzz.fuzz import sanitizer
 from kernelfuzz.fuzz.executor import LoadedKernel, Replacements, Request, WorkerLostError
 from kernelfuzz.fuzz.job import Job
 from kernelfuzz.fuzz.verdict import UNUSABLE_AFTERWARDS, Failure, Verdict, by_severity
-from kernelfuzz.fuzz.worker_process import Worker
+from kernelfuzz.fuzz.worker_process import LOOK_SECONDS, Worker
 from kernelfuzz.strategies.errors import KernelfuzzError
 
-FIRST_SECONDS = 60.0
+FIRST_SECONDS = 15.0
+COMPILING_SECONDS = 60.0
 LEAST_SECONDS = 5.0
 SLOWEST_TIMES = 20.0
-"""How long a worker may be silent: FIRST_SECONDS while little was seen of a kernel, which may still be compiled; then
-SLOWEST_TIMES what its slowest case took, but LEAST_SECONDS at least."""
+"""How long a worker may be silent: FIRST_SECONDS while little was seen of a kernel, or COMPILING_SECONDS where it has
+to be compiled; then SLOWEST_TIMES what its slowest case took, but LEAST_SECONDS at least."""
 
-CONFIRMING_TIMES = 3.0
+CONFIRMING_TIMES = 2.0
 """How much longer a case whose worker fell silent is given when it is run again, to tell a hang from a busy machine."""
 
 QUEUE = 4
@@ -98,6 +99,7 @@ class IsolatedExecutor:
 
     def __init__(self, job: Job, tool: sanitizer.Tool | None = None, pool: WorkerPool | None = None) -> None:
         self._pool = WorkerPool(job, tool) if pool is None else pool
+        self._compiles = job.compiles
         self._awaited: deque[Request] = deque()
         self._since = 0.0
         self._slowest = 0.0
@@ -192,6 +194,8 @@ class IsolatedExecutor:
         self._answered += 1
         verdict = self._with_reports(Verdict.from_json(answer["verdict"]))
         self._slowest = max(self._slowest, sum(verdict.seconds.values()))
+        if verdict.error:
+            return self._go_on((_breaks_its_process(verdict),), None)
         if answer["usable"]:
             return verdict
         is_of_one_seed = len(self._awaited[0].seeds) == 1 or verdict.seed is not None
@@ -223,10 +227,14 @@ class IsolatedExecutor:
             return verdict
         return dataclasses.replace(verdict, failures=by_severity([*failures, *verdict.failures]))
 
+    @property
+    def _first_seconds(self) -> float:
+        return COMPILING_SECONDS if self._compiles else FIRST_SECONDS
+
     def _patience(self) -> float:
         if self._answered < 3:
-            return FIRST_SECONDS
-        return min(FIRST_SECONDS, max(LEAST_SECONDS, SLOWEST_TIMES * self._slowest))
+            return self._first_seconds
+        return min(self._first_seconds, max(LEAST_SECONDS, SLOWEST_TIMES * self._slowest))
 
     def _ask(self, request: Request, seconds: float, *, rehearsal: bool = False) -> Verdict | tuple[Failure, ...]:
         """Run a request on the worker and wait; return the verdict, or how the worker ended, which is replaced then."""
@@ -246,40 +254,55 @@ class IsolatedExecutor:
         self._worker = self._pool.replace(self._worker)
         return (how, *reports)
 
-    def _examine(self, request: Request, ended: tuple[Failure, ...]) -> Verdict:
-        """Return the verdict on a request after which the worker `ended` so.
+    def _examine(self, request: Request, ended: tuple[Failure, ...], *, is_second: bool = False) -> Verdict:
+        """Return the verdict on a request after which the worker `ended` so, the second time if `is_second`.
 
-        Of several seeds the first one that fails alone decides. Silence may be a busy machine's, and SIGKILL whoever
-        sent it: only what ends so twice is the kernel's. And what a rehearsal without the kernel does not survive is
-        the harness's own fault.
+        Of several seeds the first one that fails alone decides. Silence may be a busy machine's, SIGKILL whoever sent
+        it, and what the harness stumbles over an earlier case's doing: only what happens twice is this kernel's and
+        this case's. And what a rehearsal without the kernel does not survive is the harness's own fault.
         """
+        is_doubtful = ended[0].clause in _DOUBTFUL and not (ended[0].kind == "hang" and self._has_hung)
         if len(request.seeds) > 1:
             for number, seed in enumerate(request.seeds, start=1):
                 single = Request(request.case, (seed,))
                 alone = self._ask(single, self._patience())
-                verdict = alone if isinstance(alone, Verdict) else self._examine(single, alone)
+                if isinstance(alone, Verdict) and alone.error:
+                    alone = (_breaks_its_process(alone),)
+                verdict = alone if isinstance(alone, Verdict) else self._examine(single, alone, is_second=is_doubtful)
                 if verdict.failures or verdict.error:
                     return dataclasses.replace(verdict, cases=number, seed=seed)
-            return Verdict(by_severity(list(ended)), cases=len(request.seeds))
-        is_silence = ended[0].kind == "hang"
-        if (is_silence and not self._has_hung) or ended[0].clause == signal.SIGKILL.name:
+            return Verdict(() if is_doubtful else by_severity(list(ended)), cases=len(request.seeds))
+        if is_doubtful and not is_second:
             again = self._ask(request, CONFIRMING_TIMES * self._patience())
-            if isinstance(again, Verdict):
-                if is_silence:  # slow, then
+            if isinstance(again, Verdict) and not again.error:
+                if ended[0].kind == "hang":  # slow, then
                     self._slowest = max(self._slowest, self._patience() / SLOWEST_TIMES)
                 return again
+            if isinstance(again, Verdict):
+                again = (_breaks_its_process(again),)
+                self._worker = self._pool.replace(self._worker)
             ended = again
-        rehearsed = self._ask(request, FIRST_SECONDS, rehearsal=True)
+        rehearsed = self._ask(request, self._first_seconds, rehearsal=True)
         if isinstance(rehearsed, tuple):
             return Verdict(error=f"without launching the kernel: {rehearsed[0].message}")
         if rehearsed.error:
             return rehearsed
-        self._has_hung |= is_silence
+        self._has_hung |= ended[0].kind == "hang"
         return Verdict(by_severity(list(ended)), seed=request.seeds[0])
 
 
+_NO_ANSWER, _BREAKS_ITS_PROCESS = "no_answer", "breaks_its_process"
+_DOUBTFUL = (_NO_ANSWER, _BREAKS_ITS_PROCESS, signal.SIGKILL.name)
+"""Clauses under which a worker may end without this case's kernel having done it."""
+
+
+def _breaks_its_process(verdict: Verdict) -> Failure:
+    """Return what it is if the harness fails, but not without the kernel."""
+    return Failure("crash", "", _BREAKS_ITS_PROCESS, f"after the launch the harness fails: {verdict.error}")
+
+
 def _silence(seconds: float) -> Failure:
-    return Failure("hang", "", "no_answer", f"no answer within {seconds:.3g} s")
+    return Failure("hang", "", _NO_ANSWER, f"no answer within {seconds:.3g} s")
 
 
 class Fleet:
@@ -326,7 +349,9 @@ class Fleet:
                 self._returned += 1
             if ready or not block or not busy:
                 return ready
-            wait([executor.connection for _, executor in busy], min(executor.seconds_left for _, executor in busy))
+            # Not for longer than until a worker is next looked after: it may be dead and a child keep its connection.
+            seconds = min(LOOK_SECONDS, *(executor.seconds_left for _, executor in busy))
+            wait([executor.connection for _, executor in busy], seconds)
 
     def run(self, request: Request) -> Verdict:
         """Run one request on the first worker."""

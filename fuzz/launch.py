@@ -15,7 +15,7 @@ import torch
 
 from kernelfuzz.fuzz.buffers import Buffers, Memory
 from kernelfuzz.fuzz.targets import Target
-from kernelfuzz.fuzz.verdict import Failure, Verdict, by_severity, judge_output, judge_stray_write
+from kernelfuzz.fuzz.verdict import Failure, Verdict, by_severity, judge_output, judge_stray_write, printable
 from kernelfuzz.kernels.base import Kernel, UnsupportedCaseError
 from kernelfuzz.kernels.interpreter import OutOfBoundsError
 from kernelfuzz.oracles.expectation import ExpectedError
@@ -175,7 +175,7 @@ def _launch(
             except Exception as error:
                 if unusable(*devices) is not None:
                     return False, [_crash(error)]
-                if not lenient and not (wanted is not None and wanted.text in str(error)):
+                if not lenient and not (wanted is not None and wanted.text in _text(error)):
                     return False, [_raised(error)]
                 refused = True
             else:
@@ -186,7 +186,7 @@ def _launch(
 
 
 def _raised(error: Exception) -> Failure:
-    message = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+    message = printable(f"{type(error).__name__}: {_first_line(error)}".rstrip(": "))
     return Failure("raised", "", f"{type(error).__name__}_in_{_raising_function(error)}", message)
 
 
@@ -230,8 +230,15 @@ def _crash(error: Exception) -> Failure:
     return Failure("crash", "", _error_name(error), f"the device is unusable: {_first_line(error)}")
 
 
+def _text(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception as another:
+        return f"(no text: {type(another).__name__})"
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return _text(error).strip().partition("\n")[0]
 
 
 def _error_name(error: Exception) -> str:

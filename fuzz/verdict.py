@@ -26,6 +26,7 @@ FailureKind = Literal[
 
 KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 SHOWN_ELEMENTS = 6
+SHOWN_CHARACTERS = 400
 
 UNUSABLE_AFTERWARDS = "unusable_afterwards"
 """The clause of a crash that is seen only after a case: it may be the harness's own."""
@@ -80,6 +81,12 @@ class Verdict:
             Failure(**{**failure, "elements": tuple(failure["elements"])}) for failure in document["failures"]
         )
         return cls(**{**document, "failures": failures})
+
+
+def printable(text: str) -> str:
+    """Return text of a kernel's for one line of a terminal or a report: without control characters, and not endless."""
+    shown = "".join(character if character.isprintable() or character == "\n" else " " for character in text)
+    return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}…"
 
 
 def by_severity(failures: list[Failure]) -> tuple[Failure, ...]:

@@ -14,7 +14,7 @@ from kernelfuzz.fuzz import sanitizer
 from kernelfuzz.fuzz.executor import LoadedKernel, job_message, worker_environment
 from kernelfuzz.fuzz.forkserver import SpawnedProcess, WorkerProcess, end, fork_server
 from kernelfuzz.fuzz.job import Job
-from kernelfuzz.fuzz.verdict import Failure
+from kernelfuzz.fuzz.verdict import Failure, printable
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 LOAD_SECONDS = 180.0
@@ -22,6 +22,9 @@ LOAD_SECONDS = 180.0
 
 REPORT_SECONDS = 0.05
 """How long after a verdict the sanitizer's reports on its launch are waited for."""
+
+LOOK_SECONDS = 0.5
+"""How often a silent worker is looked after, whether it is still there."""
 
 _LAST_WORDS_BYTES = 2000
 _OUTPUT_BYTES = 1 << 22
@@ -36,6 +39,8 @@ class Worker:
         self._output = os.memfd_create("kernelfuzz-worker")
         fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)
         self._log: sanitizer.Log | None = None
+        self._looked = time.monotonic()
+        self._is_garbled = False
         self._kernel: LoadedKernel | None = None
         environment = worker_environment(job)
         if tool is not None:
@@ -68,11 +73,21 @@ class Worker:
     def receive(self, seconds: float) -> dict[str, Any]:
         """Return the next answer. Raises TimeoutError after so many seconds, EOFError or ConnectionError if the worker
         died."""
-        if not self.process.connection.poll(seconds):
-            raise TimeoutError
+        until = time.monotonic() + seconds
+        while not self.process.connection.poll(min(LOOK_SECONDS, max(0.0, until - time.monotonic()))):
+            # A child that the kernel forked keeps the connection open after the worker's death.
+            if time.monotonic() >= self._looked + LOOK_SECONDS:
+                self._looked = time.monotonic()
+                if self.process.poll() is not None:
+                    raise EOFError
+            if time.monotonic() >= until:
+                raise TimeoutError
         try:
             answer: dict[str, Any] = json.loads(self.process.connection.recv_bytes())
+        except (EOFError, ConnectionError):
+            raise
         except (OSError, ValueError):  # half a message, or what native code wrote over it
+            self._is_garbled = True
             self.process.kill()
             raise EOFError from None
         return answer
@@ -102,13 +117,15 @@ class Worker:
     def death(self) -> Failure:
         """Return how the worker ended, as a failure: a signal's name or the exit status, and its last line."""
         status = end(self.process, dying=True)
+        if self._is_garbled:
+            return Failure("crash", "", "garbled_answer", "the worker's connection to kernelfuzz was written over")
         cause = f"exit_status_{status}"
         if status < 0:
             cause = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal_{-status}"
         size = os.fstat(self._output).st_size
         words = os.pread(self._output, _LAST_WORDS_BYTES, max(0, size - _LAST_WORDS_BYTES)).decode(errors="replace")
-        lines = words.strip().splitlines()
-        return Failure("crash", "", cause, "the worker died: " + ": ".join([cause, *lines[-1:]]), output_tail=words)
+        last = [printable(line) for line in words.strip().splitlines()[-1:]]
+        return Failure("crash", "", cause, "the worker died: " + ": ".join([cause, *last]), output_tail=words)
 
     def reports(self) -> list[Failure]:
         """Return what the sanitizer reported since the last call. Its front end, another process, may lag behind."""

@@ -1,6 +1,8 @@
 """`kernelfuzz run`: look for failures under a budget, or see one case again."""
 
+import fcntl
 import json
+import os
 import random
 import re
 import signal
@@ -92,7 +94,7 @@ def run(
                 "--regime huge runs one worker, which may take all of the memory: leave out --workers"
             )
         isolation = replace(isolation, workers=1)
-    _require_writable(out)
+    lock = _take(out)
     seed = random.randrange(2**32) if seed is None else seed
 
     interruption = _Interruption()
@@ -110,6 +112,7 @@ def run(
         display.print_end(out)
         if summary_file.problem and not files.problem:
             console.print(f"[bold red]error:[/] {escape(summary_file.problem)}", soft_wrap=True)
+    os.close(lock)
     if as_json:
         print(json.dumps(summary.to_json(), indent=2))
     if summary.failed:
@@ -198,12 +201,18 @@ def _budget(examples: int | None, time: str | None) -> Budget:
     return Budget(seconds=seconds)
 
 
-def _require_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written before anything is run."""
+def _take(folder: Path) -> int:
+    """Lock the folder for this campaign and return the lock, a file descriptor. Raises KernelfuzzError, before anything
+    is run, for a folder that cannot be written or that another campaign writes."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise KernelfuzzError(f"--out {folder}: another campaign writes there; name another folder") from None
     except OSError as error:
         raise KernelfuzzError(f"--out {folder}: {error.strerror}; name a folder that can be written") from error
+    return lock

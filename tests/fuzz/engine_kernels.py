@@ -1,5 +1,6 @@
 """Kernels of `bgmv` in plain torch for the tests of the engine, run in workers as `engine_kernels:<function>`."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -116,6 +117,53 @@ def slow(inputs, outputs):
     """Right, in a fifth of a second."""
     time.sleep(0.2)
     right(inputs, outputs)
+
+
+def dies_and_leaves_a_child(inputs, outputs):
+    """Right; at rank 3 it starts a process that keeps everything open, writes down its id, and dies."""
+    right(inputs, outputs)
+    if rank(inputs.case) == 3:
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            time.sleep(3600)
+        mark = Path(os.environ["ENGINE_KERNELS_MARK"])
+        mark.with_suffix(".new").write_text(str(child))
+        mark.with_suffix(".new").replace(mark)
+        ctypes.string_at(0)
+
+
+def changes_its_process(inputs, outputs):
+    """Right; at rank 3 it leaves torch in a state that nothing else expects."""
+    right(inputs, outputs)
+    if rank(inputs.case) == 3:
+        torch.set_default_device("meta")
+        torch.full = None
+
+
+def breaks_the_comparison(inputs, outputs):
+    """Right; at rank 3 it takes away what its output is compared with."""
+    right(inputs, outputs)
+    if rank(inputs.case) == 3:
+        torch.stack = None
+
+
+def writes_over_the_connection(inputs, outputs):
+    """Right; at rank 3 it writes into every file that it has open."""
+    right(inputs, outputs)
+    if rank(inputs.case) == 3:
+        for descriptor in range(3, 40):
+            with contextlib.suppress(OSError):
+                os.write(descriptor, b"\x00\x00\x00\x04oops")
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+def raises_without_a_text(inputs, outputs):
+    raise Unspeakable
 
 
 def kills_itself(inputs, outputs):

@@ -1,5 +1,6 @@
 """`kernelfuzz run` as a user meets it: what it prints where, what it leaves, and its exit status."""
 
+import fcntl
 import json
 import math
 import os
@@ -337,6 +338,16 @@ def full(*arguments):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 os.fsync = pathlib.Path.write_bytes = full
 """
+
+
+def test_folder_that_another_campaign_writes_is_refused(kernelfuzz, tmp_path):
+    (tmp_path / "out").mkdir()
+    lock = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    options = ("--kernel", RIGHT, "--examples", "1", "--out", "out")
+    assert_one_line(kernelfuzz("run", "bgmv", *options), "--out out: another campaign writes there")
+    os.close(lock)
+    assert kernelfuzz("run", "bgmv", *options).status == 0
 
 
 def test_full_disk_loses_nothing_that_was_found(tmp_path, worker_environment):

@@ -175,6 +175,48 @@ def test_patience_grows_with_the_slowest_case_seen(engine_job, monkeypatch, shri
         assert slow.seconds_left == 0
 
 
+def test_child_of_a_kernel_neither_hides_its_death_nor_outlives_it(engine_job, shrink_case, mark):
+    mark.unlink(missing_ok=True)
+    with IsolatedExecutor(engine_job("dies_and_leaves_a_child")) as leaves_a_child:
+        leaves_a_child.loaded()
+        (failure,) = run(leaves_a_child, shrink_case(3)).failures
+        assert (failure.kind, failure.clause) == ("crash", "SIGSEGV")
+        assert_right(run(leaves_a_child, shrink_case(5)))
+    assert wait_until(lambda: not is_running(int(mark.read_text())))
+
+
+def test_what_a_kernel_changes_in_its_process_is_not_held_against_later_cases(engine_job, shrink_case):
+    with IsolatedExecutor(engine_job("changes_its_process")) as changes:
+        changes.loaded()
+        for rank in (5, 3, 5, 4, 3, 3):
+            assert_right(run(changes, shrink_case(rank)))
+        assert changes.replacements.workers == 2, "for each case that met a change"
+
+
+def test_kernel_after_which_the_harness_fails_every_time_is_named(engine_job, shrink_case):
+    with IsolatedExecutor(engine_job("breaks_the_comparison")) as breaks:
+        breaks.loaded()
+        (failure,) = run(breaks, shrink_case(3)).failures
+        assert (failure.kind, failure.clause) == ("crash", "breaks_its_process")
+        assert_right(run(breaks, shrink_case(5)))
+
+
+def test_kernel_that_writes_over_the_connection_is_named(engine_job, shrink_case):
+    with IsolatedExecutor(engine_job("writes_over_the_connection")) as writes:
+        writes.loaded()
+        (failure,) = run(writes, shrink_case(3)).failures
+        assert (failure.kind, failure.clause) == ("crash", "garbled_answer")
+        assert_right(run(writes, shrink_case(5)))
+
+
+def test_exception_that_has_no_text_is_the_kernels(engine_job, shrink_case):
+    with IsolatedExecutor(engine_job("raises_without_a_text")) as raises:
+        raises.loaded()
+        (failure,) = run(raises, shrink_case(3)).failures
+    assert (failure.kind, failure.clause) == ("raised", "Unspeakable_in_raises_without_a_text")
+    assert failure.message == "Unspeakable: (no text: RuntimeError)"
+
+
 # Several requests, several seeds, several workers.
 
 

@@ -247,9 +247,9 @@ class IsolatedExecutor:
             how = self._worker.death()
         else:
             verdict = self._with_reports(Verdict.from_json(answer["verdict"]))
-            if not answer["usable"]:
+            if verdict.error or not answer["usable"]:
                 self._worker = self._pool.replace(self._worker)
-            return verdict
+            return (_breaks_its_process(verdict),) if verdict.error and not rehearsal else verdict
         reports = self._worker.reports()
         self._worker = self._pool.replace(self._worker)
         return (how, *reports)
@@ -266,21 +266,16 @@ class IsolatedExecutor:
             for number, seed in enumerate(request.seeds, start=1):
                 single = Request(request.case, (seed,))
                 alone = self._ask(single, self._patience())
-                if isinstance(alone, Verdict) and alone.error:
-                    alone = (_breaks_its_process(alone),)
                 verdict = alone if isinstance(alone, Verdict) else self._examine(single, alone, is_second=is_doubtful)
                 if verdict.failures or verdict.error:
                     return dataclasses.replace(verdict, cases=number, seed=seed)
             return Verdict(() if is_doubtful else by_severity(list(ended)), cases=len(request.seeds))
         if is_doubtful and not is_second:
             again = self._ask(request, CONFIRMING_TIMES * self._patience())
-            if isinstance(again, Verdict) and not again.error:
+            if isinstance(again, Verdict):
                 if ended[0].kind == "hang":  # slow, then
                     self._slowest = max(self._slowest, self._patience() / SLOWEST_TIMES)
                 return again
-            if isinstance(again, Verdict):
-                again = (_breaks_its_process(again),)
-                self._worker = self._pool.replace(self._worker)
             ended = again
         rehearsed = self._ask(request, self._first_seconds, rehearsal=True)
         if isinstance(rehearsed, tuple):

@@ -47,8 +47,9 @@ class Isolation:
 
 
 def default_workers(job: Job) -> int:
-    """Return how many workers pay: on a CPU one for each core but the one that draws. A GPU runs one process at a time,
-    but two keep it busy while each makes tensors; a stack of cases does that by itself."""
+    """Return how many workers should pay: on a CPU one for each core but the one that draws. A GPU runs one process at
+    a time, but two should keep it busy while each makes tensors, as a stack of cases does by itself; not measured yet.
+    """
     if job.device.type == "cpu":
         return max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 1))
     return 1 if job.target.stackable else 2

@@ -196,6 +196,7 @@ class SpawnedProcess:
                     "-c",
                     "from kernelfuzz.fuzz.worker import main; main()",
                     str(theirs.fileno()),
+                    *(["watched"] if prefix else []),
                 ],
                 pass_fds=[theirs.fileno()],
                 env={**environment, "PYTHONSAFEPATH": "1"},
@@ -293,6 +294,7 @@ def _work(worker: Any, request: dict[str, Any], connection: int, output: int) ->
         os.close(output)
         os.set_inheritable(connection, False)  # a child of the kernel's must not hide its death
         end_with_parent()
+        keep_no_core_file()
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
@@ -308,13 +310,16 @@ def _work(worker: Any, request: dict[str, Any], connection: int, output: int) ->
 
 
 def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Have Linux send this process a signal when its parent dies, and keep no core file of it: a crash is a result, and
-    a file for each would fill the disk."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    """Have Linux send this process a signal when its parent dies, or the thread of it that made this process."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it died before
         os._exit(1)
+
+
+def keep_no_core_file() -> None:
+    """Have this process leave no core file: a crash is a result, and a file for each would fill the disk."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def ignore_signals() -> None:

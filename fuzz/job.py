@@ -32,7 +32,8 @@ class Job:
     def seeds(self) -> int:
         """How many content seeds a drawn structure is run with: so many that drawing does not hold up the kernel.
 
-        On an H100 a structure is drawn in 2 ms; a stack of 32 cases of moe_lora_align takes about that long.
+        The numbers for GPUs come from a sketch on an H100, where a structure was drawn in 2 ms and 32 cases of
+        moe_lora_align took 3 ms; they have not been measured with this code.
         """
         if self.device.type != "cpu":
             return 32 if self.target.stackable else 8

@@ -91,8 +91,6 @@ class Summary:
                 entry = self.entry(job)
                 entry.version, entry.state = version, "compiling" if job.compiles else "running"
                 self._job_started = time.monotonic()
-            case events.KernelsCompiled(job):
-                self.entry(job).state = "running"
             case events.CaseFinished():
                 self._count(event)
             case events.FailureFound(job, name):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kernelfuzz.fuzz.buffers import Memory
-from kernelfuzz.fuzz.forkserver import end_with_parent, ignore_signals
+from kernelfuzz.fuzz.forkserver import end_with_parent, ignore_signals, keep_no_core_file
 from kernelfuzz.fuzz.launch import Conditions, filled_scratch, judge, judge_alone, unusable
 from kernelfuzz.fuzz.targets import Target, get_target
 from kernelfuzz.fuzz.verdict import UNUSABLE_AFTERWARDS, Failure, Verdict
@@ -27,8 +27,14 @@ from kernelfuzz.strategies.errors import KernelfuzzError
 
 
 def main() -> None:
-    """Be a worker for the connection whose file descriptor is the first argument: a program of its own."""
-    end_with_parent()
+    """Be a worker for the connection whose file descriptor is the first argument: a program of its own.
+
+    With the second argument "watched" a tool started it, from whichever thread: its end says nothing, and the
+    connection's does.
+    """
+    if sys.argv[2:] != ["watched"]:
+        end_with_parent()
+    keep_no_core_file()
     ignore_signals()
     os.set_inheritable(int(sys.argv[1]), False)
     run(int(sys.argv[1]))

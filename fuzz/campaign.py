@@ -131,7 +131,7 @@ class _Campaign:
             with InFlightFile(self.out, job) as in_flight:
                 left = in_flight.left()
                 deadline = None if share is None else share.deadline()
-                self.bus.emit(events.JobStarted(job, kernel.version, len(left)))
+                self.bus.emit(events.JobStarted(job, kernel.version, len(left), kernel.notes))
                 drawing = Drawing.of(job, kernel, self.regime, seed)
                 failed: list[Request] = []
                 if drawing.ahead:

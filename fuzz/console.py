@@ -92,6 +92,9 @@ class Display:
                 console.print(f"[bold red]error:[/] {escape(what)}", soft_wrap=True)
             if entry.replacements.workers:
                 self._say(f"{entry.job}: {_replacements(entry)}", "dim")
+        for entry in summary.jobs:
+            for note in entry.notes:
+                console.print(f"[dim]note[/] {escape(f'{entry.job}: {note}')}", soft_wrap=True)
         for skipped in summary.skipped:
             what = escape(f"{skipped.target} on {skipped.kernel} ({skipped.device}): {skipped.reason}")
             console.print(f"[dim]skipped[/] {what}", soft_wrap=True)

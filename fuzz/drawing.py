@@ -18,9 +18,6 @@ from kernelfuzz.fuzz.search import RecordInFlight, draw
 from kernelfuzz.strategies.case import Case
 from kernelfuzz.strategies.devices import placements
 
-SMALL = {"max_segments": 2, "max_length": 2}
-"""Arguments with which a target's `cases` draws small cases."""
-
 PALETTE = 32
 BATCHES = 6
 """Cases of a palette, and cases of each that are compiled ahead: what batches differ in is compiled for too."""
@@ -56,10 +53,10 @@ class Drawing:
             return cls(job.target.huge_cases(**arguments, placement=placement), None)
         cases = partial(job.target.cases, **arguments, placement=placement)
         if not (job.compiles and job.target.specialised):
-            return cls(cases(), cases(**SMALL))
+            return cls(cases(), cases(**job.target.small))
         palette = _palette(job, kernel, cases(), seed)
         ahead = [case for each in palette for case in draw(cases(palette=(each,)), seed, BATCHES)]
-        return cls(cases(palette=palette), cases(**SMALL), tuple(dict.fromkeys(ahead)))
+        return cls(cases(palette=palette), cases(**job.target.small), tuple(dict.fromkeys(ahead)))
 
 
 def _palette(job: Job, kernel: LoadedKernel, strategy: SearchStrategy[Case], seed: int) -> tuple[Case, ...]:

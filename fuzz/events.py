@@ -20,7 +20,7 @@ class CampaignStarted:
 
 @dataclass(frozen=True)
 class JobStarted:
-    """A job's kernel is loaded; `version` is what it says it is.
+    """A job's kernel is loaded; `version` and `notes` are what it says of itself.
 
     `retried` requests were running when an earlier campaign of this job was killed; they are run first.
     """
@@ -28,6 +28,7 @@ class JobStarted:
     job: Job
     version: str
     retried: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,12 @@ class Request:
 
 @dataclass(frozen=True)
 class LoadedKernel:
-    """What a worker says of its kernel: its version, and what narrows the target's strategy."""
+    """What a worker says of its kernel: its version, what narrows the target's strategy, and what a reader of the
+    results must know."""
 
     version: str
     dimensions: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 class WorkerLostError(KernelfuzzError):
@@ -129,7 +131,7 @@ class LocalExecutor:
         except KernelfuzzError as error:
             raise KernelfuzzError(f"{self._job}: {error}") from error
         kernel = self._loaded[1]
-        return LoadedKernel(kernel.version, json.loads(json.dumps(dict(kernel.dimensions))))
+        return LoadedKernel(kernel.version, json.loads(json.dumps(dict(kernel.dimensions))), kernel.notes)
 
     def has_room(self) -> bool:
         """Whether another request can be submitted."""

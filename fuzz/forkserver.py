@@ -81,7 +81,7 @@ class ForkServer:
 
     def fork(self, environment: Mapping[str, str], output: int, *, gpu: bool) -> WorkerProcess | None:
         """Return a new worker in this process's current folder, whose stdout and stderr are the file `output`; None if
-        it is to use a `gpu` and the server has loaded a GPU's driver, which does not survive a fork.
+        it is to use a `gpu` and the server uses a GPU's driver, which does not survive a fork.
 
         Raises ConnectionError, with the server's last words, if it is dead.
         """
@@ -243,7 +243,7 @@ def main() -> None:
             requests.sendall(json.dumps(status).encode())
             continue
         answer: int | str | None = None
-        if not (request["gpu"] and _has_loaded_driver()):
+        if not (request["gpu"] and _has_opened_gpu()):
             try:
                 answer = os.fork()
             except OSError as error:
@@ -272,9 +272,14 @@ def _end_children(but: set[int], seconds: float = 0.0) -> None:
         time.sleep(0.001)
 
 
-def _has_loaded_driver() -> bool:
-    """Whether CUDA's driver library is in this process: torch loads it when it first asks for a device."""
-    return "/libcuda.so" in Path("/proc/self/maps").read_text()
+def _has_opened_gpu() -> bool:
+    """Whether a GPU's driver is in use in this process. Its library alone does no harm: a torch built for CUDA may be
+    linked to it."""
+    links = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the one that lists them is closed by now
+            links.append(str(descriptor.readlink()))
+    return any(link.startswith("/dev/nvidia") for link in links)
 
 
 def _status(pid: int) -> int | None:

@@ -249,7 +249,8 @@ class IsolatedExecutor:
             verdict = self._with_reports(Verdict.from_json(answer["verdict"]))
             if verdict.error or not answer["usable"]:
                 self._worker = self._pool.replace(self._worker)
-            return (_breaks_its_process(verdict),) if verdict.error and not rehearsal else verdict
+            is_ours = rehearsal or verdict.own_error
+            return (_breaks_its_process(verdict),) if verdict.error and not is_ours else verdict
         reports = self._worker.reports()
         self._worker = self._pool.replace(self._worker)
         return (how, *reports)

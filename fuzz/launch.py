@@ -16,11 +16,12 @@ import torch
 from kernelfuzz.fuzz.buffers import Buffers, Memory
 from kernelfuzz.fuzz.targets import Target
 from kernelfuzz.fuzz.verdict import Failure, Verdict, by_severity, judge_output, judge_stray_write, printable
-from kernelfuzz.kernels.base import Kernel, UnsupportedCaseError
+from kernelfuzz.kernels.base import Kernel, UnsupportedCaseError, WrongResultError
 from kernelfuzz.kernels.interpreter import OutOfBoundsError
 from kernelfuzz.oracles.expectation import ExpectedError
 from kernelfuzz.strategies.case import Case
 from kernelfuzz.strategies.devices import Placement, with_tensor_on_cpu
+from kernelfuzz.strategies.errors import KernelfuzzError
 
 _NOT_UNDER_TEST = ("torch", "triton", "kernelfuzz")
 
@@ -126,13 +127,14 @@ def _judge(
         failures = _as_of(case.placement, failures)
         return Verdict(tuple(failures), cases=len(launches), seconds=watch.seconds)
     watch.lap("kernel")
+    finished = not (refused or failures)
     stray = [judge_stray_write(write) for write in buffers.stray_writes()]
     if any(failure.kind == "out_of_bounds" for failure in stray):
         # A write that ran out of an output may have reached an input behind it; that is the same mistake.
         stray = [failure for failure in stray if failure.kind == "out_of_bounds"]
     failures += stray
     worst = 0.0
-    if not refused and not any(failure.kind in ("raised", "not_raised", "out_of_bounds") for failure in failures):
+    if finished and not any(failure.kind == "out_of_bounds" for failure in stray):
         for name, expected in expectation.outputs.items():
             found, ratio = judge_output(
                 name, outputs[name], initial[name], expected, from_sentinel=specs[name].initial is None
@@ -167,8 +169,10 @@ def _launch(
         for inputs, outputs in launches:
             try:
                 kernel.launch(inputs, outputs)
-            except (UnsupportedCaseError, torch.OutOfMemoryError):  # neither is the kernel's fault
+            except (UnsupportedCaseError, KernelfuzzError, torch.OutOfMemoryError):  # none is the kernel's fault
                 raise
+            except WrongResultError as error:
+                return False, [Failure("wrong_value", error.output, error.clause, str(error))]
             except OutOfBoundsError as error:
                 clause = f"{error.access}_in_{error.kernel}"
                 return False, [Failure("out_of_bounds", error.argument or "", clause, str(error))]

@@ -22,6 +22,7 @@ SCHEMA = 1
 class JobSummary:
     """What one job did.
 
+    - notes: what the kernel says of what ran and what was left out
     - examples: draws that looked for failures; cases: launches, those of the shrinker included; rejected: cases that
       the kernel does not offer; errors: cases that the harness could not judge, by what it said
     - replacements: workers that died or hung; hits: in how many examples each fingerprint was seen
@@ -31,6 +32,7 @@ class JobSummary:
 
     job: Job
     version: str = ""
+    notes: tuple[str, ...] = ()
     state: str = "waiting"
     error: str = ""
     examples: int = 0
@@ -53,6 +55,7 @@ class JobSummary:
             "kernel": str(self.job.kernel),
             "version": self.version or self.job.kernel.version,
             "device": str(self.job.device),
+            "notes": list(self.notes),
             "error": self.error,
             "examples": self.examples,
             "cases": self.cases,
@@ -87,9 +90,10 @@ class Summary:
             case events.CampaignStarted(jobs, skipped, seed):
                 self.jobs = [JobSummary(job) for job in jobs]
                 self.skipped, self.seed = skipped, seed
-            case events.JobStarted(job, version):
+            case events.JobStarted(job, version, _, notes):
                 entry = self.entry(job)
-                entry.version, entry.state = version, "compiling" if job.compiles else "running"
+                entry.version, entry.notes = version, notes
+                entry.state = "compiling" if job.compiles else "running"
                 self._job_started = time.monotonic()
             case events.CaseFinished():
                 self._count(event)

@@ -1,17 +1,19 @@
 """The registry of targets: one entry holds everything about one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
 
 from kernelfuzz.oracles import bgmv as bgmv_oracle
+from kernelfuzz.oracles import fp8_layout as fp8_layout_oracle
 from kernelfuzz.oracles import fused_moe_lora as fused_moe_lora_oracle
 from kernelfuzz.oracles import lora_shrink_expand as lora_shrink_expand_oracle
 from kernelfuzz.oracles import moe_lora_align as moe_lora_align_oracle
+from kernelfuzz.oracles import moe_permute as moe_permute_oracle
 from kernelfuzz.oracles.expectation import Expectation, OutputSpecs
-from kernelfuzz.strategies import bgmv, fused_moe_lora, lora_shrink_expand, moe_lora_align
+from kernelfuzz.strategies import bgmv, fp8_layout, fused_moe_lora, lora_shrink_expand, moe_lora_align, moe_permute
 from kernelfuzz.strategies.case import Case
 from kernelfuzz.strategies.errors import KernelfuzzError
 
@@ -23,7 +25,8 @@ class Target:
     The functions take the target's own case and inputs types; the engine only passes them on. Where it is `stackable`,
     make_inputs takes several content seeds at once, and outputs and expect take what it makes of them. `specialised`
     names the fields of a case that its kernels are compiled for; where there are any, cases takes a `palette`.
-    huge_cases draws the cases of the regime huge, where there is one.
+    huge_cases draws the cases of the regime huge, where there is one. `small` are the arguments with which cases draws
+    small ones.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Target:
     regimes: Callable[[Any], set[str]]
     outputs: Callable[[Any], OutputSpecs]
     expect: Callable[[Any, Any], Expectation]
+    small: Mapping[str, Any]
     stackable: bool = False
     specialised: tuple[str, ...] = ()
     huge_cases: Callable[..., st.SearchStrategy[Any]] | None = None
@@ -47,6 +51,7 @@ def _target(strategy: Any, oracle: Any) -> Target:
         regimes=strategy.regimes,
         outputs=oracle.outputs,
         expect=oracle.expect,
+        small=strategy.SMALL,
         stackable=getattr(strategy, "STACKABLE", False),
         specialised=getattr(strategy, "SPECIALISED", ()),
         huge_cases=getattr(strategy, "huge_cases", None),
@@ -60,6 +65,8 @@ TARGETS: dict[str, Target] = {
         _target(lora_shrink_expand, lora_shrink_expand_oracle),
         _target(bgmv, bgmv_oracle),
         _target(moe_lora_align, moe_lora_align_oracle),
+        _target(moe_permute, moe_permute_oracle),
+        _target(fp8_layout, fp8_layout_oracle),
     )
 }
 """Every target by name."""

@@ -57,6 +57,7 @@ class Verdict:
 
     - ratio: the worst |actual - value| / bound over the elements with a bound; 0 where there is none
     - error: why the harness itself could not judge the case; says nothing of the kernel
+    - own_error: the error is the harness's for certain, whatever the kernel did before it
     - cases: how many seeds were run, the last of them failed or rejected if any
     - seed: the content seed that failed; None where none did, or none alone
     - seconds: wall time by phase: inputs, oracle, kernel, check
@@ -66,6 +67,7 @@ class Verdict:
     ratio: float = 0.0
     rejected: str = ""
     error: str = ""
+    own_error: bool = False
     cases: int = 1
     seed: int | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -97,7 +97,8 @@ def serve(connection: Connection) -> None:
     except KernelfuzzError as error:
         _send(connection, {"error": str(error)})
         return
-    _send(connection, {"version": kernel.version, "dimensions": dict(kernel.dimensions)})
+    about = {"version": kernel.version, "dimensions": dict(kernel.dimensions), "notes": kernel.notes}
+    _send(connection, about)
     while True:
         try:
             message = json.loads(connection.recv_bytes())
@@ -122,6 +123,8 @@ def answer(target: Target, kernel: Kernel, message: dict[str, Any], conditions: 
             judge_alone(target, None, case, conditions)
             return Verdict()
         return judge(target, kernel, case, message["seeds"], conditions)
+    except KernelfuzzError as error:
+        return Verdict(error=str(error).splitlines()[0], own_error=True)
     except Exception as error:  # what a kernel raises is in the verdict
         return Verdict(error=f"{type(error).__name__}: {error}".splitlines()[0])
 

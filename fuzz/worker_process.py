@@ -111,7 +111,7 @@ class Worker:
                 raise KernelfuzzError(f"{self._job}: the kernel was not loaded within {LOAD_SECONDS:g} s") from None
             if "error" in answer:
                 raise KernelfuzzError(f"{self._job}: {answer['error']}")
-            self._kernel = LoadedKernel(answer["version"], answer["dimensions"])
+            self._kernel = LoadedKernel(answer["version"], answer["dimensions"], tuple(answer["notes"]))
         return self._kernel
 
     def death(self) -> Failure:

@@ -17,17 +17,51 @@ Launch = Callable[[Any, Mapping[str, torch.Tensor]], None]
 class Kernel:
     """A kernel that is loaded in this process.
 
-    `dimensions` narrows the target's strategy to what this kernel offers: keyword arguments of the target's `cases`, in
-    JSON types.
+    - dimensions: narrows the target's strategy to what this kernel offers: keyword arguments of the target's `cases`,
+      in JSON types
+    - notes: what a reader of the results must know of what ran and what was left out, a line each
     """
 
     launch: Launch
     version: str
     dimensions: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class UnsupportedCaseError(Exception):
     """Raised by a kernel's launch for a case that it does not offer; the case is counted as rejected."""
+
+
+class WrongResultError(Exception):
+    """Raised by a kernel's launch for a result that is not even of the form that the contract asks for, so that it
+    cannot be put into `output` to be compared. `clause` is the contract's."""
+
+    def __init__(self, output: str, clause: str, message: str) -> None:
+        super().__init__(message)
+        self.output = output
+        self.clause = clause
+
+
+def deliver(name: str, result: Any, output: torch.Tensor, clause: str = "form_of_result") -> None:
+    """Copy what a kernel returned into the output of that name, unless it lies there already.
+
+    Raises WrongResultError unless it is a contiguous tensor of the output's shape, dtype and device. Float8 is put into
+    an output of bytes.
+    """
+    if isinstance(result, torch.Tensor) and output.dtype == torch.uint8 and result.dtype == torch.float8_e4m3fn:
+        result = result.view(torch.uint8) if result.is_contiguous() else result
+    found, wanted = _form(result), _form(output)
+    if found != wanted:
+        raise WrongResultError(name, clause, f"{name} is {found} and must be {wanted}")
+    if result.data_ptr() != output.data_ptr():
+        output.copy_(result)
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"{'' if value.is_contiguous() else 'non-contiguous '}{dtype} {list(value.shape)} on {value.device}"
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,10 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         cpu_runtime=xpu.unavailable,
         guard_pages=True,
     ),
+    Implementation(
+        "moe_permute", "vllm", "vllm.moe_permute:load", ("vllm",), devices=("cuda", "cpu"), importable="vllm"
+    ),
+    Implementation("fp8_layout", "vllm", "vllm.fp8_layout:load", ("vllm",), devices=("cpu",), importable="vllm"),
     Implementation("bgmv", "example", "examples.bgmv:load", triton=True),
     Implementation("moe_lora_align", "example", "examples.moe_lora_align:load", triton=True),
 )

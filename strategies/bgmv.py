@@ -5,7 +5,7 @@ shrink: out[b] += scale * A[idx[b]] x[b];  expand: out[b, offset : offset + size
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from hypothesis import strategies as st
@@ -25,6 +25,9 @@ Layer = Literal["wrapper", "operator"]
 
 OPS: tuple[Op, ...] = get_args(Op)
 LAYERS: tuple[Layer, ...] = get_args(Layer)
+
+SMALL: dict[str, Any] = {"max_segments": 2, "max_length": 2}
+"""Arguments with which `cases` draws small cases."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ SMALL_BATCH_MAX_RANK = 64
 SMALL_BATCH_MAX_WORK = 1024
 ONE_SHOT_MAX_RANK = 128
 
+SMALL: dict[str, Any] = {"max_segments": 2, "max_length": 2}
+"""Arguments with which `cases` draws small cases."""
+
 
 @dataclass(frozen=True)
 class Tiles:

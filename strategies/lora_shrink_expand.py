@@ -23,6 +23,9 @@ from kernelfuzz.strategies.sizes import sizes
 
 Op = Literal["shrink", "expand"]
 
+SMALL: dict[str, Any] = {"max_segments": 2, "max_length": 2}
+"""Arguments with which `cases` draws small cases."""
+
 
 @dataclass(frozen=True)
 class Case(BaseCase):

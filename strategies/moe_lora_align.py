@@ -4,7 +4,7 @@ blocks."""
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from hypothesis import strategies as st
@@ -32,6 +32,9 @@ STACKABLE = True
 STACK_GAP = 128
 """Elements between the items of a stack, at least. Items start at multiples of it, so that each is as well aligned as
 an allocation of its own."""
+
+SMALL: dict[str, Any] = {"max_segments": 2, "max_length": 2}
+"""Arguments with which `cases` draws small cases."""
 
 
 @dataclass(frozen=True)

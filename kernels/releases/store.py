@@ -35,7 +35,11 @@ _MEMBERS: dict[str, tuple[str, ...]] = {
         "vllm/version.py",
         "vllm/envs.py",
         "vllm/lora/*.py",
+        "vllm/model_executor/layers/fused_moe/*.py",
+        "vllm/model_executor/layers/quantization/*.py",
+        "vllm/model_executor/utils.py",
         "vllm/platforms/*.py",
+        "vllm/scalar_type.py",
         "vllm/triton_utils/*.py",
         "vllm/utils/*.py",
         # Up to 0.23 _moe_C.abi3.so, from 0.24 _moe_C_stable_libtorch.abi3.so.

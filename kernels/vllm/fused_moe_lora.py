@@ -23,11 +23,10 @@ def load(root: Path | None, device: torch.device) -> Kernel:
         case = inputs.case
         if not (takes_add_inputs or case.add_inputs):
             raise UnsupportedCaseError("this release cannot overwrite its output: it has no add_inputs")
-        release.tell_compute_units(case.compute_units)
         # Keyed by address, which the allocator gives to other weights from case to case.
         module._LORA_PTR_DICT.clear()
         options = {"add_inputs": case.add_inputs} if takes_add_inputs else {}
-        with reachable(*inputs.lora_a, *inputs.lora_b):
+        with release.on_platform(case.compute_units), reachable(*inputs.lora_a, *inputs.lora_b):
             module.fused_moe_lora(**_arguments(inputs, outputs["output"]), **options)
 
     return Kernel(launch, release.version, {} if takes_add_inputs else {"add_inputs": [True]})

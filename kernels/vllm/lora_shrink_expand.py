@@ -34,10 +34,10 @@ def load(root: Path | None, device: torch.device) -> Kernel:
         utils._LORA_A_PTR_DICT.clear()
         utils._LORA_B_PTR_DICT.clear()
         where = case.placement.spelled(inputs.x.device)
-        meta = metadata.LoRAKernelMeta.make(case.num_adapters, case.batch.num_tokens, device=where)
-        meta.prepare_tensors(inputs.token_adapters)
-        arguments = meta.meta_args(case.batch.num_tokens, specialize_active_lora=not case.visit_all)
-        with reachable(*inputs.weights):
+        with release.on_platform(), reachable(*inputs.weights):
+            meta = metadata.LoRAKernelMeta.make(case.num_adapters, case.batch.num_tokens, device=where)
+            meta.prepare_tensors(inputs.token_adapters)
+            arguments = meta.meta_args(case.batch.num_tokens, specialize_active_lora=not case.visit_all)
             if case.op == "shrink":
                 tiles.update(split_k=case.split_k)
                 shrink.lora_shrink(inputs.x, inputs.weights, outputs["output"], *arguments, case.scale)

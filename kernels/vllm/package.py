@@ -43,6 +43,7 @@ def import_from(root: Path, platform: EmulatedPlatform) -> None:
     """
     import triton
     import triton.language as tl
+    import triton.tools.tensor_descriptor  # vLLM's ops take it for granted, and triton imports it late
 
     package = root / "vllm"
     _module("vllm", path=package)

@@ -1,5 +1,7 @@
 """A vLLM whose Triton ops this process runs: its files or the installed package, on one device."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 
 from kernelfuzz.kernels import interpreter
 from kernelfuzz.kernels.vllm import package
-from kernelfuzz.kernels.vllm.platform import EmulatedPlatform
+from kernelfuzz.kernels.vllm.platform import EmulatedPlatform, emulate_platform
 
 
 class TritonRelease:
@@ -19,6 +21,7 @@ class TritonRelease:
     def __init__(self, root: Path | None, device: torch.device) -> None:
         if device.type == "cpu":
             interpreter.install()
+        self._emulates = device.type == "cpu" or (device.type == "xpu" and root is not None)
         self._platform = EmulatedPlatform(device.type)
         if root is not None:
             package.import_from(root, self._platform)
@@ -28,6 +31,14 @@ class TritonRelease:
         """Import a module below `vllm`."""
         return package.import_module(name)
 
-    def tell_compute_units(self, count: int) -> None:
-        """Have the host code see a device of that many compute units. An installed vLLM sees its real device."""
-        self._platform.compute_units = count
+    @contextmanager
+    def on_platform(self, compute_units: int | None = None) -> Iterator[None]:
+        """Have the host code see the device's platform, with that many compute units, and close `torch.cuda` to it
+        where the platform is not CUDA's. An installed vLLM sees a real GPU as it is."""
+        if compute_units is not None:
+            self._platform.compute_units = compute_units
+        if not self._emulates:
+            yield
+            return
+        with emulate_platform(self._platform):
+            yield

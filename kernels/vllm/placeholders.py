@@ -1,0 +1,122 @@
+"""Placeholders for the parts of vLLM that its host code imports and, in what is tested, never calls.
+
+A module of vLLM's MoE and quantisation layers imports half of vLLM and dozens of packages. Here only the modules whose
+code is tested are imported from the release's files; every other one is a placeholder, whose attributes are
+placeholders too. They may be imported, inherited from and named in annotations. To call one is an error of
+kernelfuzz's, which says what is missing.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kernelfuzz.strategies.errors import KernelfuzzError
+
+
+class PlaceholderCalledError(KernelfuzzError):
+    """Code under test came to a part of vLLM that kernelfuzz has not loaded. It says nothing of that code."""
+
+
+class _Importing:
+    """Whether modules are being imported: decorators are called then, and helpers for what modules define."""
+
+    depth = 0
+
+
+class _PlaceholderType(type):
+    """The type of placeholders: classes, so that others can inherit from them."""
+
+    def __getattr__(cls, name: str) -> Any:
+        return _placeholder_of(f"{cls.__module__}.{cls.__qualname__}", name)
+
+    def __call__(cls, *arguments: Any, **options: Any) -> Any:
+        if not vars(cls).get("is_placeholder", False):
+            return super().__call__(*arguments, **options)
+        if _Importing.depth:
+            return _placeholder(cls.__module__, f"{cls.__qualname__}()")
+        raise PlaceholderCalledError(
+            f"kernelfuzz does not load {cls.__module__}.{cls.__qualname__}, which the code under test came to"
+        )
+
+    def __iter__(cls) -> Iterator[Any]:
+        return iter(())
+
+    def __getitem__(cls, item: Any) -> Any:
+        return cls
+
+
+class _Base:
+    """What placeholders inherit, and with them the release's own classes."""
+
+    def __init__(self, moe: Any = None, *arguments: Any, **options: Any) -> None:
+        """Take whatever the real class takes. That of the MoE methods keeps its configuration."""
+        del arguments, options
+        self.moe = moe
+
+
+def _placeholder(module: str, name: str) -> type:
+    return _PlaceholderType(name, (_Base,), {"__module__": module, "is_placeholder": True})
+
+
+def _placeholder_of(module: str, name: str) -> type:
+    """Return the placeholder for an attribute that a module lacks."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _placeholder(module, name)
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a placeholder for each module of vLLM but the `real` ones, and for `packages` that are not installed."""
+
+    def __init__(self, root: Path, real: Sequence[str], packages: Sequence[str]) -> None:
+        self._root = root
+        self._real = tuple(real)
+        self._packages = frozenset(packages)
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        del path, target
+        package = name.partition(".")[0]
+        is_real = any(name == each or name.startswith(f"{each}.") for each in self._real)
+        if (package == "vllm" and not is_real) or package in self._packages:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        module = types.ModuleType(spec.name)
+        vars(module)["__getattr__"] = partial(_placeholder_of, spec.name)
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        # A real module may lie below a placeholder.
+        module.__path__ = [str(self._root.joinpath(*module.__name__.split(".")))]
+
+
+def install(root: Path, real: Sequence[str], packages: Sequence[str]) -> None:
+    """Have every module of vLLM be a placeholder but those in `real`, by their full names, and what lies below them;
+    and `packages` too, by their names. `root` holds the release's `vllm/`. What is imported already stays; stand-ins
+    among it get placeholders for what they lack."""
+    finder = _Finder(root, real, packages)
+    for name, module in sys.modules.items():
+        if name.startswith("vllm.") and getattr(module, "__file__", None) is None:
+            vars(module).setdefault("__getattr__", partial(_placeholder_of, name))
+            if not hasattr(module, "__path__"):
+                finder.exec_module(module)
+    sys.meta_path.insert(0, finder)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Let placeholders be called meanwhile."""
+    _Importing.depth += 1
+    try:
+        yield
+    finally:
+        _Importing.depth -= 1

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "src"))
 from kernelfuzz.fuzz.files import read_case  # noqa: E402
 
 ALIGN, FUSED, SHRINK_EXPAND = "moe_lora_align", "fused_moe_lora", "lora_shrink_expand"
+PERMUTE = "moe_permute"
 NEWEST = "vllm@0.33.0"
 PATHS = ("small_batch", "one_shot", "two_kernel", "shrink", "expand")
 """Regimes that say which of its kernels a package chooses."""
@@ -59,6 +60,7 @@ STEPS = (
     Campaign("align-newest", (ALIGN,), NEWEST, ("--examples", "3400")),
     Campaign("fused", (FUSED,), NEWEST, ("--examples", "2700")),
     Campaign("shrink-expand", (SHRINK_EXPAND,), NEWEST, ("--examples", "2700")),
+    Campaign("permute", (PERMUTE,), NEWEST, ("--time", "60s")),
     Script("crash", "crash_campaign.py", ("--examples", "1000")),
     Script("bench", "speed.py", ("--target", ALIGN, "--target", FUSED, "--target", SHRINK_EXPAND, "--kernel", NEWEST)),
     # The newest release of one target, cold, for five minutes.

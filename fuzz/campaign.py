@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,14 +65,16 @@ def run_campaign(
     bus: events.Bus,
     isolation: Isolation = Isolation(),
     regime: Regime | None = None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run the jobs one after the other and emit what happens. Example databases and the cases that run now are kept in
-    the folder `out`. With a `regime` its cases are drawn instead of the usual ones.
+    the folder `out`. With a `regime` its cases are drawn instead of the usual ones. A job ends early once `enough`
+    says so, which is asked between examples.
 
     Ctrl-C ends the campaign after the running case; what was found until then has been emitted.
     """
     bus.emit(events.CampaignStarted(tuple(jobs), tuple(skipped), seed))
-    campaign = _Campaign(budget.examples, out, bus, isolation, regime)
+    campaign = _Campaign(budget.examples, out, bus, isolation, regime, enough)
     executors: list[Executor | None] = []
     end = None if budget.seconds is None else time.monotonic() + budget.seconds
     interrupted = False
@@ -112,6 +115,7 @@ class _Campaign:
     bus: events.Bus
     isolation: Isolation
     regime: Regime | None
+    enough: Callable[[], bool]
 
     def prepare(self, job: Job) -> Executor | None:
         """Return an executor that loads the job's kernel in the background; None if that cannot even begin, which will
@@ -138,7 +142,16 @@ class _Campaign:
                     started = time.monotonic()
                     compiled, failed = compile_ahead(job, drawing.ahead, deadline, in_flight.record)
                     self.bus.emit(events.KernelsCompiled(job, compiled, time.monotonic() - started))
-                search = Search(job, executor, self.bus, self.examples, deadline, self._seeds(job), in_flight.record)
+                search = Search(
+                    job,
+                    executor,
+                    self.bus,
+                    self.examples,
+                    deadline,
+                    self._seeds(job),
+                    in_flight.record,
+                    self.enough,
+                )
                 folder = self.out / "examples" / job.target.name / file_name(str(job.kernel))
                 database = DirectoryBasedExampleDatabase(folder)
                 search.run(drawing.strategy, seed, database, drawing.small, [*left, *failed])

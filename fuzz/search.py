@@ -66,7 +66,7 @@ class Search:
     """Looks for failures of `job` until `limit` examples were tried or the monotonic clock reaches `deadline`.
 
     Each example is run by `executor` with `seeds` content seeds. Finds and verdicts are emitted as they come, in the
-    order in which the cases were drawn.
+    order in which the cases were drawn. It ends early once `enough` says so.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Search:
         deadline: float | None,
         seeds: int = 1,
         record_in_flight: RecordInFlight | None = None,
+        enough: Callable[[], bool] = lambda: False,
     ) -> None:
         self.job = job
         self.limit = limit
@@ -89,6 +90,7 @@ class Search:
         self._bus = bus
         self._seeds = seeds
         self._record_in_flight = record_in_flight
+        self._enough = enough
         self._in_flight: dict[Request, int] = {}
         self._finished: set[str] = set()
         self._errors = 0
@@ -124,12 +126,14 @@ class Search:
             chunk = _Chunk(strategy, derive_seed(seed, number), min(size, left))
             self._draw(chunk)
             for name in chunk.found:
+                if self._enough():
+                    break
                 saved.keep = True
                 self._shrink(_Shrinking(self, chunk.verdicts, name), chunk, saved, small)
             if self.examples == before:
                 break
             number, size = number + 1, min(2 * size, LARGEST_CHUNK)
-        while unshrunk := self.reported.keys() - self._finished:
+        while (unshrunk := self.reported.keys() - self._finished) and not self._enough():
             chunk = _Chunk(strategy, derive_seed(seed, number), SECOND_TRY_EXAMPLES)
             self._shrink(_Shrinking(self, {}, min(unshrunk)), chunk, saved, small)
             number += 1
@@ -248,8 +252,8 @@ class Search:
             self._finished.add(first.focus)
 
     def budget_spent(self) -> bool:
-        """Whether the limit is reached or the deadline has passed."""
-        if self.limit is not None and self.examples >= self.limit:
+        """Whether the limit is reached, the deadline has passed or it is enough."""
+        if (self.limit is not None and self.examples >= self.limit) or self._enough():
             return True
         return self.deadline is not None and time.monotonic() >= self.deadline
 

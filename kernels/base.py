@@ -48,8 +48,8 @@ def deliver(name: str, result: Any, output: torch.Tensor, clause: str = "form_of
     Raises WrongResultError unless it is a contiguous tensor of the output's shape, dtype and device. Float8 is put into
     an output of bytes.
     """
-    if isinstance(result, torch.Tensor) and output.dtype == torch.uint8 and result.dtype == torch.float8_e4m3fn:
-        result = result.view(torch.uint8) if result.is_contiguous() else result
+    if isinstance(result, torch.Tensor) and output.dtype == torch.uint8 and result.dtype != torch.uint8:
+        output = output.view(torch.float8_e4m3fn)
     found, wanted = _form(result), _form(output)
     if found != wanted:
         raise WrongResultError(name, clause, f"{name} is {found} and must be {wanted}")

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kernelfuzz.fuzz.cli.list import list_kernels
+from kernelfuzz.fuzz.cli.regressions import regressions
 from kernelfuzz.fuzz.cli.releases import app as releases_app
 from kernelfuzz.fuzz.cli.run import run
 from kernelfuzz.strategies.errors import KernelfuzzError
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command("run")(run)
 app.command("list")(list_kernels)
+app.command("regressions")(regressions)
 app.add_typer(releases_app, name="releases")
 
 

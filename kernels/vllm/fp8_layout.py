@@ -16,15 +16,15 @@ from kernelfuzz.strategies.errors import KernelfuzzError
 from kernelfuzz.strategies.fp8_layout import BACKENDS, BLOCK, Case, Entry, Inputs
 
 _LEFT_OUT = {
-    "AITER": "shuffles with AMD's aiter",
-    "AITER_MXFP8": "shuffles with AMD's aiter",
-    "BATCHED_DEEPGEMM": "lays scales out with DeepGEMM",
-    "CPU": "packs with an operator of vLLM's CPU build",
-    "CPU_W8A8": "packs with an operator of vLLM's CPU build",
-    "DEEPGEMM": "lays scales out with DeepGEMM",
-    "FLASHINFER_TRTLLM": "shuffles with FlashInfer",
-    "HUMMING": "converts with humming",
-    "MARLIN": "repacks with a CUDA operator",
+    "AITER": "their conversion needs AMD's aiter",
+    "AITER_MXFP8": "their conversion needs AMD's aiter",
+    "BATCHED_DEEPGEMM": "their conversion needs DeepGEMM",
+    "CPU": "their conversion needs an operator of vLLM's CPU build",
+    "CPU_W8A8": "their conversion needs an operator of vLLM's CPU build",
+    "DEEPGEMM": "their conversion needs DeepGEMM",
+    "FLASHINFER_TRTLLM": "their conversion needs FlashInfer",
+    "HUMMING": "their conversion needs humming",
+    "MARLIN": "their conversion needs a CUDA operator",
 }
 """Backends whose conversion does not run on a CPU, and why."""
 
@@ -43,7 +43,9 @@ def load(root: Path | None, device: torch.device) -> Kernel:
     Raises KernelfuzzError if it has none.
     """
     del device  # there is but one that these are for
-    if root is not None:
+    if root is None:
+        host_code.emulate_operators()
+    else:
         host_code.import_from(root, EmulatedPlatform("cpu"))
     # Imported late by the conversion, and on an XPU they would import Intel's kernels.
     for name in ("fused_moe.experts.xpu_moe", "fused_moe.xpu_fused_moe"):
@@ -75,13 +77,16 @@ def load(root: Path | None, device: torch.device) -> Kernel:
 
     members = list(oracle.Fp8MoeBackend.__members__)
     offered = [name for name in members if name in BACKENDS]
-    notes = [f"backend {name} is left out: {reason}" for name, reason in _LEFT_OUT.items() if name in members]
-    notes += [
-        f"backend {name} is left out: kernelfuzz does not know it"
-        for name in members
-        if name not in BACKENDS and name not in _LEFT_OUT
-    ]
-    return Kernel(launch, version, {"backend": offered, "entry": ["convert", *methods]}, tuple(notes))
+    return Kernel(launch, version, {"backend": offered, "entry": ["convert", *methods]}, _left_out(members))
+
+
+def _left_out(members: list[str]) -> tuple[str, ...]:
+    """Return a line for each reason why some of a release's backends are not run."""
+    by_reason: dict[str, list[str]] = {}
+    for name in members:
+        if name not in BACKENDS:
+            by_reason.setdefault(_LEFT_OUT.get(name, "kernelfuzz does not know them"), []).append(name)
+    return tuple(f"left out: backends {', '.join(names)}: {reason}" for reason, names in by_reason.items())
 
 
 def _method(module_name: str, class_name: str) -> Any:

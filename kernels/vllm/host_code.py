@@ -1,9 +1,11 @@
 """Imports the modules of vLLM's MoE and quantisation layers whose host code is tested, without the rest of vLLM."""
 
+import importlib
 import importlib.util
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +45,12 @@ def import_from(root: Path, platform: EmulatedPlatform) -> None:
     _stand_in("vllm.v1.worker.workspace", is_workspace_manager_initialized=lambda: False)
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     placeholders.install(root, TESTED, missing)
+
+
+def emulate_operators() -> None:
+    """Have the installed vLLM quantise on CPU tensors too."""
+    operators: Any = importlib.import_module("vllm._custom_ops")
+    operators.scaled_fp8_quant = scaled_fp8_quant
 
 
 def import_module(name: str) -> types.ModuleType | None:

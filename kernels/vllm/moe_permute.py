@@ -33,8 +33,10 @@ def load(root: Path | None, device: torch.device) -> Kernel:
         permute_operators.register()
         note = "its Python half, on stand-ins for the compiled operators of torch.ops._moe_C"
     else:
-        libraries = [binary.load_operator(root, "_moe_C", name) for name in _OPERATORS]
-        note = f"its Python half and the compiled operators of {libraries[0]}"
+        for name in _OPERATORS:
+            library = binary.load_operator(root, "_moe_C", name)
+        binary.probe(library, device, lambda: _smallest_call(module, device))
+        note = f"its Python half and the compiled operators of {library}"
     scratch: Any = getattr(module, "MoEPermuteScratch", None)
     keeps_rows = scratch is not None and "hidden_size" in inspect.signature(scratch).parameters
 
@@ -50,6 +52,12 @@ def load(root: Path | None, device: torch.device) -> Kernel:
 
     offered = ["none"] if scratch is None else ["none", "metadata", "rows"] if keeps_rows else ["none", "metadata"]
     return Kernel(launch, package.version(root), {"scratch": offered}, (note,))
+
+
+def _smallest_call(module: Any, device: torch.device) -> None:
+    row = torch.ones((1, 8), dtype=torch.float16, device=device)
+    weight = torch.ones((1, 1), dtype=torch.float32, device=device)
+    module.moe_unpermute(torch.empty_like(row), row, weight, torch.zeros(1, dtype=torch.int32, device=device))
 
 
 def _permute(

@@ -28,8 +28,9 @@ def register() -> torch.library.Library:
         " Tensor? expert_first_token_offset, int topk, Tensor! hidden_states) -> ()": moe_unpermute,
     }
     for schema, function in operators.items():
-        library.define(schema)  # type: ignore[no-untyped-call]
         name = schema.partition("(")[0]
+        if not hasattr(torch.ops._moe_C, name):  # an installed vLLM may have defined it
+            library.define(schema)  # type: ignore[no-untyped-call]
         # The size is asked for without a tensor that could say the device.
         key = "CompositeExplicitAutograd" if function is _workspace_size else "CPU"
         library.impl(name, function, key)  # type: ignore[no-untyped-call]

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 from kernelfuzz.kernels import releases
+from kernelfuzz.kernels.base import WrongResultError
 from kernelfuzz.kernels.xpu import XpuLibrary
+from kernelfuzz.strategies.errors import KernelfuzzError
 
 
 def right(inputs, outputs):
@@ -164,6 +166,20 @@ class Unspeakable(Exception):
 
 def raises_without_a_text(inputs, outputs):
     raise Unspeakable
+
+
+def of_another_form(inputs, outputs):
+    """Right; at rank 3 its result is no tensor."""
+    if rank(inputs.case) == 3:
+        raise WrongResultError("output", "form_of_result", "output is NoneType and must be a tensor")
+    right(inputs, outputs)
+
+
+def needs_what_is_not_loaded(inputs, outputs):
+    """Right; at rank 3 it comes to something that kernelfuzz does not offer it."""
+    if rank(inputs.case) == 3:
+        raise KernelfuzzError("kernelfuzz does not load the configuration\nof anything")
+    right(inputs, outputs)
 
 
 def kills_itself(inputs, outputs):

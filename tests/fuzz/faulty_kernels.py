@@ -2,9 +2,10 @@
 
 import torch
 
-from kernelfuzz.kernels.base import UnsupportedCaseError
+from kernelfuzz.kernels.base import UnsupportedCaseError, WrongResultError
 from kernelfuzz.kernels.interpreter import OutOfBoundsError
 from kernelfuzz.strategies.alignment import align_rows
+from kernelfuzz.strategies.errors import KernelfuzzError
 
 
 def bgmv(inputs, outputs):
@@ -156,6 +157,16 @@ def failing_host_code(inputs, outputs):
         raise ValueError("negative dimension\nin the second line")
 
     allocate()
+
+
+def result_of_another_form(inputs, outputs):
+    bgmv(inputs, outputs)
+    outputs["output"][0, 0] += 1  # what was written before does not count
+    raise WrongResultError("output", "form_of_result", "output is float32 [3] on cpu and must be float32 [4] on cpu")
+
+
+def without_what_it_needs(inputs, outputs):
+    raise KernelfuzzError("kernelfuzz does not load it")
 
 
 def refusal_of_shapes(inputs, outputs):

@@ -220,6 +220,26 @@ def test_exception_that_has_no_text_is_the_kernels(engine_job, shrink_case):
 # Several requests, several seeds, several workers.
 
 
+def test_result_of_another_form_is_one_wrong_value_and_its_worker_goes_on(engine_job, shrink_case):
+    with IsolatedExecutor(engine_job("of_another_form")) as of_another_form:
+        of_another_form.loaded()
+        (failure,) = run(of_another_form, shrink_case(3)).failures
+        assert (failure.kind, failure.output, failure.clause) == ("wrong_value", "output", "form_of_result")
+        assert failure.message == "output is NoneType and must be a tensor"
+        assert_right(run(of_another_form, shrink_case(4)))
+        assert of_another_form.replacements.workers == 0
+
+
+@pytest.mark.parametrize("seeds", [(1,), (1, 2)])
+def test_what_kernelfuzz_itself_says_during_a_launch_is_no_failure(engine_job, shrink_case, seeds):
+    with IsolatedExecutor(engine_job("needs_what_is_not_loaded")) as needs:
+        needs.loaded()
+        verdict = run(needs, shrink_case(3), *seeds)
+        assert verdict.failures == ()
+        assert (verdict.error, verdict.own_error) == ("kernelfuzz does not load the configuration", True)
+        assert_right(run(needs, shrink_case(4)))
+
+
 def test_seed_that_ends_the_process_is_found_among_several(engine_job, shrink_case):
     with IsolatedExecutor(engine_job("mortal_seed")) as mortal_seed:
         mortal_seed.loaded()

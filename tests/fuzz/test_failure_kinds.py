@@ -15,6 +15,7 @@ from kernelfuzz.fuzz.verdict import KINDS
 from kernelfuzz.kernels.base import Kernel
 from kernelfuzz.strategies.batches import Batch, Segment
 from kernelfuzz.strategies.bgmv import Case as BgmvCase
+from kernelfuzz.strategies.errors import KernelfuzzError
 from kernelfuzz.strategies.moe_lora_align import Case as AlignCase
 from kernelfuzz.strategies.routing import Routing
 
@@ -116,6 +117,7 @@ FAULTS = {
     "input_scaled_in_place": {("input_mutated", "inputs", "inputs_are_not_written")},
     "nan_of_an_input_replaced_by_another": {("input_mutated", "inputs", "inputs_are_not_written")},
     "failing_host_code": {("raised", "", "ValueError_in_allocate")},
+    "result_of_another_form": {("wrong_value", "output", "form_of_result")},
 }
 
 
@@ -160,6 +162,18 @@ def test_refusal_in_other_words_is_a_failure():
 
 def test_refusing_what_is_legal_is_a_failure():
     assert found(faulty.refusal_of_shapes, bgmv_case()) == {("raised", "", "RuntimeError_in_refusal_of_shapes")}
+
+
+def test_result_of_another_form_is_told_in_the_kernels_words():
+    (failure,) = verdict_of(faulty.result_of_another_form, bgmv_case()).failures
+    assert failure.message == "output is float32 [3] on cpu and must be float32 [4] on cpu"
+    assert failure.elements == ()
+
+
+@pytest.mark.parametrize("changes", [{}, REFUSED])
+def test_what_kernelfuzz_itself_says_is_not_the_kernels_failure(changes):
+    with pytest.raises(KernelfuzzError, match="kernelfuzz does not load it"):
+        verdict_of(faulty.without_what_it_needs, bgmv_case(**changes))
 
 
 def test_case_that_is_not_offered_is_no_failure():

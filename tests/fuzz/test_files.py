@@ -141,6 +141,19 @@ def test_summary_is_written_at_the_end(tmp_path, engine_job, shrink_case):
     assert result["failures"] == [NAME]
 
 
+def test_what_a_kernel_says_of_what_was_left_out_is_in_the_summary(tmp_path, engine_job):
+    summary, first, second = Summary(), engine_job("right"), engine_job("two_bugs")
+    bus = events.Bus([summary, SummaryFile(tmp_path, summary)])
+    bus.emit(events.CampaignStarted((first, second), (), 3))
+    bus.emit(events.JobStarted(first, "user", notes=("on stand-ins", "backend A is left out")))
+    bus.emit(events.JobFinished(first, 1))
+    bus.emit(events.JobStarted(second, "user"))
+    bus.emit(events.JobFinished(second, 1))
+    bus.emit(events.CampaignFinished())
+    results = json.loads((tmp_path / "summary.json").read_text())["results"]
+    assert [result["notes"] for result in results] == [["on stand-ins", "backend A is left out"], []]
+
+
 def test_case_that_the_harness_could_not_judge_is_saved(tmp_path, engine_job, shrink_case):
     files = FailureFiles(tmp_path, seed=3)
     verdict = Verdict(error="ZeroDivisionError: division by zero")

@@ -1,5 +1,6 @@
-"""Bugs planted in a copy of a released Triton file, run by path: each is found and shrunk."""
+"""Bugs planted in a copy of a released file, run by path: each is found and shrunk."""
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,19 @@ from kernelfuzz.fuzz.job import named_jobs
 from kernelfuzz.kernels import releases
 from kernelfuzz.strategies.errors import KernelfuzzError
 
-OPS = Path("vllm/lora/ops/triton_ops")
+OPS = "vllm/lora/ops/triton_ops"
+LAYERS = "vllm/model_executor/layers"
+PERMUTE = f"{LAYERS}/fused_moe/moe_permute_unpermute.py"
+CONVERSION = f"{LAYERS}/fused_moe/oracle/fp8.py"
+XPU_EXPERTS = f"{LAYERS}/fused_moe/experts/xpu_moe.py"
+SWAP = f"{LAYERS}/quantization/utils/flashinfer_utils.py"
+ONLINE = f"{LAYERS}/quantization/online/fp8.py"
 
 
 @dataclass(frozen=True)
 class Plant:
-    """A replacement of `anchor` after `after` in a file of the release, and the failure kinds it may show as."""
+    """A replacement of `anchor` after `after` in a file of the release, the failure kinds it may show as, how the
+    clause begins, in how many examples it is found, and the largest size to which it is shrunk."""
 
     name: str
     after: str
@@ -25,8 +33,18 @@ class Plant:
     replacement: str
     kinds: tuple[str, ...]
     times: int = 1
-    file: str = "fused_moe_lora_op.py"
+    file: str = f"{OPS}/fused_moe_lora_op.py"
     target: str = "fused_moe_lora"
+    clause: str = ""
+    examples: int = 2000
+    largest: int = 4
+
+
+def planted_in_host_code(
+    target: str, file: str, name: str, after: str, anchor: str, replacement: str, *kinds: str, largest: int = 1
+) -> Plant:
+    """A bug that takes no Triton to see, and less to be found."""
+    return Plant(name, after, anchor, replacement, kinds, file=file, target=target, examples=1000, largest=largest)
 
 
 PLANTS = (
@@ -86,8 +104,104 @@ PLANTS = (
         "curr_N = N if SAME_STRIDE else tl.load(output_hs_ptr + slice_id)",
         "curr_N = N",
         ("out_of_bounds", "wrong_value", "overwritten"),
-        file="lora_expand_op.py",
+        file=f"{OPS}/lora_expand_op.py",
         target="lora_shrink_expand",
+    ),
+    Plant(
+        "compute_units_from_torch_cuda",
+        "import torch\n",
+        "current_platform.num_compute_units(device.index)",
+        "torch.cuda.get_device_properties(device).multi_processor_count",
+        ("raised",),
+        times=2,
+        clause="TouchedCudaError_in_",
+        examples=100,
+    ),
+    planted_in_host_code(
+        "moe_permute",
+        PERMUTE,
+        "scratch_keeps_the_device_as_it_was_told",
+        "def __post_init__",
+        "        self.device = self.expert_first_token_offset.device\n",
+        "",
+        "raised",
+    ),
+    planted_in_host_code(
+        "moe_permute",
+        PERMUTE,
+        "scratch_never_grows",
+        "def reserve",
+        "if expanded_rows <= self.max_expanded_rows:",
+        "if self.max_expanded_rows:",
+        "raised",
+        largest=2,  # a call that is larger than the one before it
+    ),
+    planted_in_host_code(
+        "moe_permute",
+        PERMUTE,
+        "stale_expert_ids",
+        "def prepare_topk_ids",
+        "        topk_ids_int32.copy_(topk_ids)\n",
+        "",
+        "wrong_value",
+        "unwritten",
+    ),
+    planted_in_host_code(
+        "moe_permute",
+        PERMUTE,
+        "scale_of_the_pair_for_that_of_its_token",
+        "def moe_permute(",
+        "a1q_scale[permuted_idx.clamp(max=n_token * topk - 1) // topk]",
+        "a1q_scale[permuted_idx.clamp(max=n_token - 1)]",
+        "wrong_value",
+        largest=2,  # one token has one scale
+    ),
+    planted_in_host_code(
+        "fp8_layout",
+        XPU_EXPERTS,
+        "scales_of_an_xpu_are_not_transposed",
+        "def prepare_fp8_moe_layer_for_xpu",
+        "w13_scale = w13_scale.transpose(-1, -2).contiguous()",
+        "pass",
+        "wrong_value",
+    ),
+    planted_in_host_code(
+        "fp8_layout",
+        SWAP,
+        "halves_are_not_swapped",
+        "def swap_w13_to_w31",
+        "    return (\n",
+        "    return x\n    return (\n",
+        "wrong_value",
+    ),
+    planted_in_host_code(
+        "fp8_layout",
+        CONVERSION,
+        "unknown_backends_are_accepted",
+        "def convert_to_fp8_moe_kernel_format",
+        'raise ValueError(f"Unsupported FP8 MoE backend: {fp8_backend.value}")',
+        "pass",
+        "not_raised",
+    ),
+    planted_in_host_code(
+        "fp8_layout",
+        ONLINE,
+        "weights_are_transposed_because_of_the_platform",
+        "class Fp8PerTensorOnlineMoEMethod",
+        "        # Shuffle weights to runtime format and setup kernel.\n",
+        "        if current_platform.is_xpu():\n"
+        "            w13, w2 = w13.transpose(1, 2).contiguous(), w2.transpose(1, 2).contiguous()\n",
+        "wrong_value",
+    ),
+    planted_in_host_code(
+        "fp8_layout",
+        ONLINE,
+        "weights_are_quantised_twice",
+        "class Fp8PerTensorOnlineMoEMethod",
+        '        if getattr(layer, "_already_called_process_weights_after_loading", False):\n            return\n',
+        "",
+        "wrong_value",
+        "raised",
     ),
 )
 
@@ -115,17 +229,19 @@ def release() -> Path:
 
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
 def test_planted_bug_is_found_and_shrunk(plant: Plant, release: Path, tmp_path: Path) -> None:
-    shutil.copytree(release, tmp_path / "release")
-    file = tmp_path / "release" / OPS / plant.file
+    shutil.copytree(release, tmp_path / "release", copy_function=os.symlink)
+    file = tmp_path / "release" / plant.file
     head, after, tail = file.read_text().partition(plant.after)
-    assert plant.anchor in tail
+    assert tail.count(plant.anchor) >= plant.times
+    file.unlink()
     file.write_text(head + after + tail.replace(plant.anchor, plant.replacement, plant.times))
 
     jobs = named_jobs([plant.target], [f"vllm@{tmp_path / 'release'}"], None)
     stop = StopAtFirstShrunk()
-    run_campaign(jobs, [], Budget(examples=2000), 7, tmp_path, events.Bus([stop]))
+    run_campaign(jobs, [], Budget(examples=plant.examples), 7, tmp_path, events.Bus([stop]))
 
-    assert stop.found is not None, "not found in 2,000 examples"
-    print(stop.found.examples, stop.found.failure.kind, stop.found.case)
+    assert stop.found is not None, f"not found in {plant.examples:,} examples"
+    print(stop.found.examples, stop.found.failure.kind, stop.found.failure.clause, stop.found.case)
     assert stop.found.failure.kind in plant.kinds
-    assert stop.found.case.batch.num_tokens <= 4
+    assert stop.found.failure.clause.startswith(plant.clause)
+    assert stop.found.case.size <= plant.largest

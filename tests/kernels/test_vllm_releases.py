@@ -12,6 +12,7 @@ from kernelfuzz.fuzz.job import named_jobs
 from kernelfuzz.fuzz.summary import JobSummary, Summary
 from kernelfuzz.kernels import releases
 from kernelfuzz.kernels.vllm import moe_lora_align
+from kernelfuzz.strategies import fp8_layout, moe_permute
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 VERSIONS = ("0.19.1", "0.20.2", "0.21.0", "0.22.0", "0.24.0", "0.30.0", "0.33.0")
@@ -77,6 +78,57 @@ def test_the_newest_cpu_implementation_passes(tmp_path: Path) -> None:
     done = run("bgmv", "vllm-torch@0.33.0", tmp_path, examples=200)
     assert done.failures == {}
     assert done.examples == 200
+
+
+def test_moe_permute_of_the_newest_passes_on_stand_ins_for_its_operators(tmp_path: Path) -> None:
+    done = run("moe_permute", "vllm@0.33.0", tmp_path, examples=200)
+    assert (done.error, done.errors, done.failures, done.rejected) == ("", {}, {}, 0)
+    assert set(done.regimes) == set(moe_permute.REGIMES) - {"scratch_rows"}
+    (note,) = done.notes
+    assert "stand-ins for the compiled operators" in note
+
+
+@pytest.mark.parametrize(("version", "scratches"), [("0.22.0", {"none"}), ("0.23.0", {"none", "metadata", "rows"})])
+def test_moe_permute_of_older_releases_is_asked_for_the_scratch_that_it_has(
+    version: str, scratches: set[str], tmp_path: Path
+) -> None:
+    done = run("moe_permute", f"vllm@{version}", tmp_path, examples=80)
+    assert (done.error, done.errors, done.failures) == ("", {}, {})
+    assert {name for name in done.regimes if name.startswith("scratch_") and name != "scratch_reused"} == {
+        f"scratch_{each}" for each in scratches
+    }
+
+
+def test_fp8_layout_of_the_newest_passes(tmp_path: Path) -> None:
+    done = run("fp8_layout", "vllm@0.33.0", tmp_path, examples=200)
+    assert (done.error, done.errors, done.failures, done.rejected) == ("", {}, {}, 0)
+    assert set(done.regimes) == set(fp8_layout.REGIMES) - {"entry_online_legacy"}
+    assert "backend MARLIN is left out: repacks with a CUDA operator" in done.notes
+    assert all(note.startswith("backend ") for note in done.notes)
+
+
+@pytest.mark.parametrize(
+    ("version", "found"),
+    [
+        # Padding behind both halves of w13 and not behind each.
+        ("0.23.0", {"fp8_layout.vllm.wrong_value.w13.swapped_weights"}),
+        # And an XPU's scales were not transposed with the weights.
+        (
+            "0.20.0",
+            {
+                "fp8_layout.vllm.wrong_value.w13.swapped_weights",
+                "fp8_layout.vllm.wrong_value.scales.transposed_layout",
+            },
+        ),
+    ],
+)
+def test_fp8_layout_of_older_releases_has_the_bugs_that_were_mended_since(
+    version: str, found: set[str], tmp_path: Path
+) -> None:
+    done = run("fp8_layout", f"vllm@{version}", tmp_path, examples=200)
+    assert (done.error, done.errors, done.rejected) == ("", {}, 0)
+    assert set(done.failures) == found
+    assert all(each.case.size == 1 for each in done.failures.values())
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")

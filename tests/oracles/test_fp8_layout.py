@@ -13,6 +13,7 @@ from kernelfuzz.strategies import fp8_layout as strategy
 
 NAMES = ("w13", "w2", "w13_scale", "w2_scale")
 LEGAL = tuple(backend for backend in strategy.BACKENDS if backend != "NONE")
+ONLINE = ("online", "online_block", "online_legacy")
 FP8 = torch.float8_e4m3fn
 
 PLAIN = strategy.Case(
@@ -95,7 +96,7 @@ def requantised(bits, scales, *, dtype=torch.float16):
 
 def before_layout(inputs, **how):
     case = inputs.case
-    if case.entry in ("online", "online_block"):
+    if case.entry in ONLINE:
         (w13, w13_scale), (w2, w2_scale) = (quantised(each, case.scales, **how) for each in (inputs.w13, inputs.w2))
         return {"w13": w13, "w2": w2, "w13_scale": w13_scale, "w2_scale": w2_scale}
     w13, w13_scale = inputs.w13, inputs.w13_scale
@@ -169,7 +170,7 @@ def test_results_are_those_of_loops(expectation, case):
 
 @settings(max_examples=150)
 @given(
-    strategy.cases(entry=("online", "online_block"), max_experts=2),
+    strategy.cases(entry=ONLINE, max_experts=2),
     st.booleans(),
     st.sampled_from((0.0, 1e-4)),
 )
@@ -276,7 +277,7 @@ def test_padding_of_each_half_is_zero(expectation):
     assert mistakes(expected, right | {"w13": together}) == {("w13", "swapped_weights")}
 
 
-@pytest.mark.parametrize("entry", ["online", "online_block"])
+@pytest.mark.parametrize("entry", ONLINE)
 def test_a_wrong_scale_or_rounding_is_told(expectation, entry):
     scales = "block" if entry == "online_block" else "per_tensor"
     case = dataclasses.replace(PLAIN, entry=entry, scales=scales, hidden=130, intermediate=70)
@@ -320,7 +321,18 @@ def test_output_specs(case):
         "w13_scale": torch.float32,
         "w2_scale": torch.float32,
     }
-    assert all(spec.initial is None for spec in specs.values())
+
+
+@settings(max_examples=60)
+@given(strategy.cases(backend=LEGAL, max_size=40))
+def test_outputs_start_as_what_no_result_is(expectation, case):
+    """They are NaN: what a kernel never wrote is wrong, and no wrong byte passes for one that was never written."""
+    inputs, expected = expected_of(expectation, case)
+    initial = {name: spec.initial for name, spec in oracle.outputs(inputs).items()}
+    for name, tensor in initial.items():
+        assert bool((values_of(tensor) if tensor.dtype == torch.uint8 else tensor).isnan().all())
+        (failure,) = judge_output(name, tensor, tensor, expected.outputs[name], from_sentinel=False)[0]
+        assert (failure.kind, failure.message.split()[0]) == ("wrong_value", str(tensor.numel()))
 
 
 @settings(max_examples=60)

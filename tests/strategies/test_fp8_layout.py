@@ -13,7 +13,7 @@ from kernelfuzz.fuzz.buffers import Buffers
 from kernelfuzz.strategies import fp8_layout as strategy
 from kernelfuzz.strategies.case import from_json, to_json
 
-ONLINE = ("online", "online_block")
+ONLINE = ("online", "online_block", "online_legacy")
 CONVERT_ONLY = {"EMULATION", "TRITON_MXFP8", "FLASHINFER_CUTLASS", "NONE"}
 SMALL_CASES = strategy.cases(**strategy.SMALL)
 
@@ -57,6 +57,7 @@ def test_the_simplest_case_is_one_expert_and_ones(minimal):
         (lambda case: case.layout == "transposed", {"backend": "XPU"}),
         (lambda case: case.platform == "xpu", {"platform": "xpu"}),
         (lambda case: case.entry == "online_block", {"entry": "online_block", "scales": "block"}),
+        (lambda case: case.entry == "online_legacy", {"entry": "online_legacy"}),
         (lambda case: case.calls == 2, {"entry": "online", "calls": 2}),
         (lambda case: case.backend == "NONE", {"backend": "NONE"}),
         (
@@ -65,7 +66,7 @@ def test_the_simplest_case_is_one_expert_and_ones(minimal):
         ),
         (lambda case: case.scales == "block" and case.intermediate > 64, {"scales": "block", "intermediate": 65}),
     ],
-    ids=["transposed", "platform", "online_block", "twice", "refused", "padded", "more_than_a_block"],
+    ids=["transposed", "platform", "online_block", "online_legacy", "twice", "refused", "padded", "more_than_a_block"],
 )
 def test_one_demand_changes_nothing_else(condition, changed, minimal):
     assert minimal(strategy.cases(), condition) == dataclasses.replace(SIMPLEST, **changed)
@@ -84,8 +85,8 @@ def test_500_examples_reach_every_regime_and_no_unknown_one(seed, drawn):
 def test_cases_are_legal_and_survive_json(case):
     assert from_json(strategy.Case, json.loads(json.dumps(to_json(case)))) == case
     assert case.entry == "convert" or case.backend not in CONVERT_ONLY
-    legal = {"convert": strategy.SCALES, "checkpoint": ("per_tensor", "block"), "online": ("per_tensor",)}
-    assert case.scales in legal.get(case.entry, ("block",))
+    legal = {"convert": strategy.SCALES, "checkpoint": ("per_tensor", "block"), "online_block": ("block",)}
+    assert case.scales in legal.get(case.entry, ("per_tensor",))
     assert case.entry in ONLINE or (case.calls == 1 and case.dtype == "float16")
     assert case.entry == "convert" or not case.input_scales
     if case.backend == "FLASHINFER_CUTLASS":

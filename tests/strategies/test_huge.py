@@ -132,7 +132,7 @@ def test_the_memory_that_tensors_take_is_counted(target, drawn):
             taken += Layout(row_gap=case.output_gap).extent((case.pairs, case.output_columns)) * 2
         assert taken <= target.huge_bytes(case)
         # Without what is added for the oracle and for small tensors it is still most of it.
-        assert taken >= 2 * SMALL * 0.8
+        assert taken >= 2 * SMALL * 0.5
 
 
 @pytest.mark.parametrize("tensor", ["x", "lora_a", "lora_b"])

@@ -1,0 +1,279 @@
+"""Historical bugs, looked for in the code that has them and in the code that has not, by normal campaigns."""
+
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernelfuzz.fuzz import events
+from kernelfuzz.fuzz.campaign import Budget, run_campaign
+from kernelfuzz.fuzz.job import Job
+from kernelfuzz.fuzz.targets import get_target
+from kernelfuzz.fuzz.verdict import Failure
+from kernelfuzz.kernels import registry, releases
+from kernelfuzz.kernels.base import KernelName
+from kernelfuzz.kernels.registry import Implementation
+from kernelfuzz.kernels.regressions import Regression, Side, Symptom, edited
+from kernelfuzz.strategies.case import Case, to_json
+from kernelfuzz.strategies.errors import KernelfuzzError
+
+BAD_CASES = 2000
+"""Cases within which a bug must be found where it is."""
+
+GOOD_TIMES, GOOD_CASES = 10, 1000
+"""The code without the bug is run for so many times as many cases, and for so many at least."""
+
+INTERRUPTED = "interrupted"
+"""Why a regression that Ctrl-C ended has no outcome."""
+
+Progress = Callable[[str], None]
+"""Called with a line on what is being done."""
+
+
+@dataclass(frozen=True)
+class Find:
+    """A failure with which a bug showed: after how many `cases`, and the smallest case found, `shrunk` or not."""
+
+    fingerprint: str
+    failure: Failure
+    cases: int
+    case: Case
+    shrunk: bool
+
+
+@dataclass
+class SideResult:
+    """What one campaign on one side did.
+
+    - version, notes: what the kernel says of itself; seed: the campaign's
+    - cases: launches that looked for failures and were judged
+    - found: the symptom that was seen first, or None; others: the other fingerprints and what they say
+    - error: why it, or some of its cases, could not be run
+    """
+
+    side: Side
+    device: str
+    seed: int
+    version: str = ""
+    notes: tuple[str, ...] = ()
+    cases: int = 0
+    found: Find | None = None
+    others: dict[str, str] = field(default_factory=dict)
+    error: str = ""
+    interrupted: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the side in JSON types."""
+        found = self.found
+        return {
+            "release": self.side.version,
+            "edited": bool(self.side.edits),
+            "device": self.device,
+            "notes": list(self.notes),
+            "seed": self.seed,
+            "cases": self.cases,
+            "found": None
+            if found is None
+            else {
+                "fingerprint": found.fingerprint,
+                "kind": found.failure.kind,
+                "message": found.failure.message,
+                "cases": found.cases,
+                "size": found.case.size,
+                "shrunk": found.shrunk,
+                "case": to_json(found.case),
+            },
+            "other_failures": self.others,
+            "error": self.error,
+        }
+
+
+@dataclass
+class RegressionResult:
+    """What came of a regression: a bad side for each seed and the good side, or why it cannot run here (`skipped`)."""
+
+    regression: Regression
+    skipped: str = ""
+    bad: list[SideResult] = field(default_factory=list)
+    good: SideResult | None = None
+
+    @property
+    def cases_until_found(self) -> list[int]:
+        """The number of cases after which the bug was found, for each seed with which it was."""
+        return [side.found.cases for side in self.bad if side.found is not None]
+
+    @property
+    def problem(self) -> str:
+        """Why it did not pass, empty if it did."""
+        if self.skipped:
+            return self.skipped
+        for side in self.bad:
+            if side.error:
+                return f"the bad side could not be run: {side.error}"
+            if side.found is None:
+                return f"the bug was not found in {side.cases:,} cases with seed {side.seed}"
+        if self.good is None:
+            return "the good side was not run"
+        if self.good.error:
+            return f"the good side could not be run: {self.good.error}"
+        if self.good.found is not None:
+            return f"the good side shows the bug after {self.good.found.cases:,} cases"
+        if self.good.cases < self.good_cases:
+            return f"the good side ran {self.good.cases:,} cases of {self.good_cases:,}"
+        return ""
+
+    @property
+    def good_cases(self) -> int:
+        """How many cases the good side must be run for."""
+        return max(GOOD_CASES, GOOD_TIMES * max(self.cases_until_found, default=0))
+
+    @property
+    def outcome(self) -> str:
+        """PASS, FAIL or, where it cannot run here, NOT RUN."""
+        if self.skipped:
+            return "NOT RUN"
+        return "FAIL" if self.problem else "PASS"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result in JSON types."""
+        cases = self.cases_until_found
+        return {
+            "pull_request": self.regression.pull_request,
+            "title": self.regression.title,
+            "target": self.regression.target,
+            "outcome": self.outcome,
+            "problem": self.problem,
+            "cases_until_found": {"median": statistics.median(cases), "maximum": max(cases)} if cases else None,
+            "bad": [side.to_json() for side in self.bad],
+            "good": None if self.good is None else self.good.to_json(),
+        }
+
+
+def missing_releases(regressions: Sequence[Regression], device: torch.device | None) -> list[str]:
+    """Return what must be fetched, as NAME==VERSION, for those that the devices here can run."""
+    missing: dict[str, None] = {}
+    for regression in regressions:
+        if isinstance(_device(regression, device), str):
+            continue
+        needed = [(regression.package, side.version) for side in (regression.bad, regression.good)]
+        needed += [(package, releases.PINNED[package]) for package in _implementation(regression).releases[1:]]
+        for package, version in needed:
+            try:
+                releases.locate(package, version)
+            except KernelfuzzError:
+                missing[f"{package}=={version}"] = None
+    return list(missing)
+
+
+def run_regression(
+    regression: Regression, device: torch.device | None, seeds: Sequence[int], progress: Progress
+) -> RegressionResult:
+    """Look for the bug on its bad side with each of the seeds, then on its good side.
+
+    Cases are drawn as in any campaign; nothing hints at the bug. Ctrl-C ends it, and what was done is returned.
+    """
+    result = RegressionResult(regression)
+    where = _device(regression, device)
+    if isinstance(where, str):
+        result.skipped = where
+        return result
+    for seed in seeds:
+        side = _run_side(regression, regression.bad, where, seed, BAD_CASES, progress)
+        result.bad.append(side)
+        if side.interrupted:
+            result.skipped = INTERRUPTED
+        if side.interrupted or side.found is None:
+            return result
+    result.good = _run_side(regression, regression.good, where, seeds[0], result.good_cases, progress)
+    if result.good.interrupted:
+        result.skipped = INTERRUPTED
+    return result
+
+
+def _implementation(regression: Regression) -> Implementation:
+    implementation = registry.find(regression.target, KernelName(regression.kernel))
+    assert implementation is not None
+    return implementation
+
+
+def _device(regression: Regression, device: torch.device | None) -> torch.device | str:
+    """Return where a regression runs, or why it cannot run here."""
+    implementation = _implementation(regression)
+    kinds = [kind for kind in implementation.devices if kind in (regression.devices or implementation.devices)]
+    if device is not None and device.type not in kinds:
+        return f"it shows on {' or '.join(kinds)}, not on {device.type}"
+    reason: str | None = None
+    for candidate in [torch.device(kind) for kind in kinds] if device is None else [device]:
+        reason = registry.missing_device(candidate)
+        if reason is None and candidate.type == "cpu":
+            reason = implementation.cpu_runtime()
+        if reason is None:
+            return candidate
+    assert reason is not None
+    return reason
+
+
+def _run_side(
+    regression: Regression, side: Side, device: torch.device, seed: int, cases: int, progress: Progress
+) -> SideResult:
+    """Run a campaign of up to `cases` cases on one side; on the one with the bug it ends when that is shrunk."""
+    implementation, target = _implementation(regression), get_target(regression.target)
+    with (
+        edited(releases.locate(regression.package, side.version), side.edits) as tree,
+        tempfile.TemporaryDirectory(prefix="kernelfuzz-regressions-") as out,
+    ):
+        job = Job(target, KernelName(regression.kernel, str(tree)), device, implementation)
+        what = f"{regression.pull_request}: {side} on {device}"
+        watch = _Watch(SideResult(side, str(device), seed), regression, cases, what, progress)
+        budget = Budget(examples=2 * cases)  # a kernel may reject some
+        run_campaign([job], [], budget, seed, Path(out), events.Bus([watch]), enough=watch.enough)
+    return watch.result
+
+
+@dataclass
+class _Watch:
+    """Adds up the events of one side's campaign, and says when it is enough."""
+
+    result: SideResult
+    regression: Regression
+    limit: int
+    what: str
+    progress: Progress
+
+    def __call__(self, event: events.Event) -> None:
+        result = self.result
+        match event:
+            case events.JobStarted(_, version, _, notes):
+                result.version, result.notes = version, notes
+            case events.CaseFinished() if not event.shrinking:
+                verdict = event.verdict
+                if not (verdict.rejected or verdict.error):
+                    result.cases += verdict.cases
+                result.error = result.error or verdict.error
+                self.progress(f"{self.what}: {result.cases:,} of up to {self.limit:,} cases")
+            case events.FailureFound():
+                self._found(event)
+            case events.JobFinished(_, _, error):
+                result.error = error or result.error
+            case events.CampaignFinished(interrupted):
+                result.interrupted = interrupted
+
+    def _found(self, event: events.FailureFound) -> None:
+        failure, result = event.failure, self.result
+        if Symptom(failure.kind, failure.output, failure.clause) not in self.regression.symptoms:
+            result.others[event.fingerprint] = failure.message
+            return
+        first = result.found
+        if first is None:
+            result.found = Find(event.fingerprint, failure, result.cases, event.case, event.shrunk)
+        elif first.fingerprint == event.fingerprint:
+            result.found = Find(event.fingerprint, failure, first.cases, event.case, event.shrunk)
+
+    def enough(self) -> bool:
+        """Whether the bug is found and shrunk, or was looked for in as many cases as were asked for."""
+        found = self.result.found
+        return self.result.cases >= self.limit or (found is not None and found.shrunk)

@@ -79,8 +79,8 @@ def _lines(result: RegressionResult) -> Iterator[Text]:
     )
     if result.problem:
         yield Text(f"        {result.problem}")
-    for side in result.bad:
-        yield from _side_lines(side, "bad")
+    for number, side in enumerate(result.bad):
+        yield from _side_lines(side, "bad", brief=number > 0)
     if len(result.bad) > 1 and (cases := result.cases_until_found):
         middle = statistics.median(cases)
         yield Text(
@@ -90,7 +90,8 @@ def _lines(result: RegressionResult) -> Iterator[Text]:
         yield from _side_lines(result.good, "good")
 
 
-def _side_lines(side: SideResult, name: str) -> Iterator[Text]:
+def _side_lines(side: SideResult, name: str, *, brief: bool = False) -> Iterator[Text]:
+    """Return what was found on a side; where `brief`, one line of it."""
     text = f"        {name:<5} {side.side} on {side.device}, seed {side.seed}: "
     found = side.found
     if found is None:
@@ -98,6 +99,11 @@ def _side_lines(side: SideResult, name: str) -> Iterator[Text]:
     else:
         size = "shrunk to" if found.shrunk else "not shrunk:"
         yield Text(f"{text}{found.failure.kind} after {found.cases:,} cases, {size} size {found.case.size}")
+    if side.error:
+        yield Text(f"              error: {side.error}", style="bold red")
+    if brief:
+        return
+    if found is not None:
         yield Text(f"              {found.failure.message}", style="dim")
         for line in case_lines(found.case):
             yield Text("          ", style="dim").append(line)
@@ -105,5 +111,3 @@ def _side_lines(side: SideResult, name: str) -> Iterator[Text]:
         yield Text(f"              note: {note}", style="dim")
     for other, message in side.others.items():
         yield Text(f"              other failure: {other}: {message}", style="dim")
-    if side.error:
-        yield Text(f"              error: {side.error}", style="bold red")

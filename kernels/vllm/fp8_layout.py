@@ -50,6 +50,8 @@ def load(root: Path | None, device: torch.device) -> Kernel:
     # Imported late by the conversion, and on an XPU they would import Intel's kernels.
     for name in ("fused_moe.experts.xpu_moe", "fused_moe.xpu_fused_moe"):
         host_code.import_module(name)
+    # Some helpers are decorated with torch.compile, which would compile them for every shape.
+    torch.compiler.set_stance("force_eager")
     oracle: Any = host_code.import_module("fused_moe.oracle.fp8")
     version = package.version(root)
     if oracle is None:

@@ -152,9 +152,8 @@ PLANTS = (
         "scale_of_the_pair_for_that_of_its_token",
         "def moe_permute(",
         "a1q_scale[permuted_idx.clamp(max=n_token * topk - 1) // topk]",
-        "a1q_scale[permuted_idx.clamp(max=n_token - 1)]",
-        "wrong_value",
-        largest=2,  # one token has one scale
+        "a1q_scale[permuted_idx.clamp(max=n_token * topk - 1)]",
+        "raised",
     ),
     planted_in_host_code(
         "fp8_layout",

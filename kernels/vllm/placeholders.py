@@ -6,21 +6,24 @@ placeholders too. They may be imported, inherited from and named in annotations.
 kernelfuzz's, which says what is missing.
 """
 
+import functools
 import importlib.abc
 import importlib.machinery
 import sys
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 
-class PlaceholderCalledError(KernelfuzzError):
-    """Code under test came to a part of vLLM that kernelfuzz has not loaded. It says nothing of that code."""
+class PlaceholderCalledError(KernelfuzzError, AttributeError):
+    """Code under test came to a part of vLLM that kernelfuzz has not loaded. It says nothing of that code.
+
+    An AttributeError too, so that code may ask with hasattr.
+    """
 
 
 class _Importing:
@@ -40,9 +43,7 @@ class _PlaceholderType(type):
             return super().__call__(*arguments, **options)
         if _Importing.depth:
             return _placeholder(cls.__module__, f"{cls.__qualname__}()")
-        raise PlaceholderCalledError(
-            f"kernelfuzz does not load {cls.__module__}.{cls.__qualname__}, which the code under test came to"
-        )
+        raise _not_loaded(f"{cls.__module__}.{cls.__qualname__}")
 
     def __iter__(cls) -> Iterator[Any]:
         return iter(())
@@ -59,8 +60,19 @@ class _Base:
         del arguments, options
         self.moe = moe
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise _not_loaded(f"what {type(self).__qualname__} inherits as {name}")
 
+
+def _not_loaded(what: str) -> PlaceholderCalledError:
+    return PlaceholderCalledError(f"kernelfuzz does not load {what}, which the code under test came to")
+
+
+@functools.cache
 def _placeholder(module: str, name: str) -> type:
+    """Return the placeholder of that name, always the same one."""
     return _PlaceholderType(name, (_Base,), {"__module__": module, "is_placeholder": True})
 
 
@@ -69,6 +81,17 @@ def _placeholder_of(module: str, name: str) -> type:
     if name.startswith("__"):
         raise AttributeError(name)
     return _placeholder(module, name)
+
+
+class _PlaceholderModule(types.ModuleType):
+    """Stands for a module, or for a function of that name that is imported from a package."""
+
+    def __getattr__(self, name: str) -> type:
+        return _placeholder_of(self.__name__, name)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        package, _, name = self.__name__.rpartition(".")
+        return _placeholder(package, name)(*arguments, **options)
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -90,9 +113,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        module = types.ModuleType(spec.name)
-        vars(module)["__getattr__"] = partial(_placeholder_of, spec.name)
-        return module
+        return _PlaceholderModule(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
         # A real module may lie below a placeholder.
@@ -106,7 +127,7 @@ def install(root: Path, real: Sequence[str], packages: Sequence[str]) -> None:
     finder = _Finder(root, real, packages)
     for name, module in sys.modules.items():
         if name.startswith("vllm.") and getattr(module, "__file__", None) is None:
-            vars(module).setdefault("__getattr__", partial(_placeholder_of, name))
+            vars(module).setdefault("__getattr__", functools.partial(_placeholder_of, name))
             if not hasattr(module, "__path__"):
                 finder.exec_module(module)
     sys.meta_path.insert(0, finder)

@@ -183,7 +183,8 @@ class _GuardedModule(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         cuda, guard = self.__dict__["_real"]
-        guard.check(f"torch.cuda.{name}", sys._getframe(1))
+        if not name.startswith("__"):  # which an import asks for, and which is no use of the device
+            guard.check(f"torch.cuda.{name}", sys._getframe(1))
         return getattr(cuda, name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from kernelfuzz.kernels.vllm import moe_lora_align
 from kernelfuzz.strategies import fp8_layout, moe_permute
 from kernelfuzz.strategies.errors import KernelfuzzError
 
-VERSIONS = ("0.19.1", "0.20.2", "0.21.0", "0.22.0", "0.24.0", "0.30.0", "0.33.0")
+VERSIONS = ("0.19.1", "0.20.0", "0.21.0", "0.22.0", "0.24.0", "0.30.0", "0.33.0")
 EXAMPLES = 15
 CPU = torch.device("cpu")
 
@@ -66,7 +66,7 @@ def test_the_wrapper_of_0_19_1_refuses_a_padded_vocabulary(tmp_path: Path) -> No
     assert (case.op, case.size, case.width, case.rows, case.columns) == ("expand", 1, 1, 1, 2)
 
 
-@pytest.mark.parametrize("version", ["0.20.2", "0.33.0"])
+@pytest.mark.parametrize("version", ["0.20.0", "0.33.0"])
 def test_the_wrapper_accepts_a_padded_vocabulary_since_0_20(version: str, tmp_path: Path) -> None:
     done = run("bgmv", f"vllm@{version}", tmp_path, examples=200)
     assert done.failures == {}
@@ -103,8 +103,8 @@ def test_fp8_layout_of_the_newest_passes(tmp_path: Path) -> None:
     done = run("fp8_layout", "vllm@0.33.0", tmp_path, examples=200)
     assert (done.error, done.errors, done.failures, done.rejected) == ("", {}, {}, 0)
     assert set(done.regimes) == set(fp8_layout.REGIMES) - {"entry_online_legacy"}
-    assert "backend MARLIN is left out: repacks with a CUDA operator" in done.notes
-    assert all(note.startswith("backend ") for note in done.notes)
+    (marlin,) = [note for note in done.notes if "MARLIN" in note]
+    assert "left out" in marlin
 
 
 @pytest.mark.parametrize(

@@ -273,13 +273,13 @@ def _end_children(but: set[int], seconds: float = 0.0) -> None:
 
 
 def _has_opened_gpu() -> bool:
-    """Whether a GPU's driver is in use in this process. Its library alone does no harm: a torch built for CUDA may be
+    """Whether NVIDIA's driver is in use in this process. Its library alone does no harm: a torch built for CUDA may be
     linked to it."""
     links = []
     for descriptor in Path("/proc/self/fd").iterdir():
         with suppress(OSError):  # the one that lists them is closed by now
             links.append(str(descriptor.readlink()))
-    return any(link.startswith("/dev/nvidia") for link in links)
+    return any(link.startswith(("/dev/nvidia", "/dev/dxg")) for link in links)  # the latter under Windows
 
 
 def _status(pid: int) -> int | None:

@@ -194,7 +194,7 @@ class IsolatedExecutor:
         self._answered += 1
         verdict = self._with_reports(Verdict.from_json(answer["verdict"]))
         self._slowest = max(self._slowest, sum(verdict.seconds.values()))
-        if verdict.error:
+        if verdict.error and not verdict.own_error:
             return self._go_on((_breaks_its_process(verdict),), None)
         if answer["usable"]:
             return verdict

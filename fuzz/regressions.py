@@ -3,6 +3,7 @@
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,6 @@ BAD_CASES = 2000
 GOOD_TIMES, GOOD_CASES = 10, 1000
 """The code without the bug is run for so many times as many cases, and for so many at least."""
 
-INTERRUPTED = "interrupted"
-"""Why a regression that Ctrl-C ended has no outcome."""
-
 Progress = Callable[[str], None]
 """Called with a line on what is being done."""
 
@@ -52,7 +50,8 @@ class SideResult:
     - version, notes: what the kernel says of itself; seed: the campaign's
     - cases: launches that looked for failures and were judged
     - found: the symptom that was seen first, or None; others: the other fingerprints and what they say
-    - error: why it, or some of its cases, could not be run
+    - unavailable: why the kernel cannot be loaded here
+    - error: why the side, or a case, could not be judged
     """
 
     side: Side
@@ -63,6 +62,7 @@ class SideResult:
     cases: int = 0
     found: Find | None = None
     others: dict[str, str] = field(default_factory=dict)
+    unavailable: str = ""
     error: str = ""
     interrupted: bool = False
 
@@ -88,16 +88,18 @@ class SideResult:
                 "case": to_json(found.case),
             },
             "other_failures": self.others,
-            "error": self.error,
+            "error": self.error or self.unavailable,
         }
 
 
 @dataclass
 class RegressionResult:
-    """What came of a regression: a bad side for each seed and the good side, or why it cannot run here (`skipped`)."""
+    """What came of a regression: a bad side for each seed and the good side, or why it cannot run here (`skipped`), or
+    that it was `interrupted`."""
 
     regression: Regression
     skipped: str = ""
+    interrupted: bool = False
     bad: list[SideResult] = field(default_factory=list)
     good: SideResult | None = None
 
@@ -109,17 +111,21 @@ class RegressionResult:
     @property
     def problem(self) -> str:
         """Why it did not pass, empty if it did."""
+        if self.interrupted:
+            return "interrupted"
         if self.skipped:
             return self.skipped
         for side in self.bad:
             if side.error:
-                return f"the bad side could not be run: {side.error}"
-            if side.found is None:
-                return f"the bug was not found in {side.cases:,} cases with seed {side.seed}"
+                return f"the bad side cannot be judged: {side.error}"
+            if side.found is None or side.found.cases > BAD_CASES:
+                return f"the bug was not found in {min(side.cases, BAD_CASES):,} cases with seed {side.seed}"
+            if not side.found.shrunk:
+                return f"the bug was not shrunk with seed {side.seed}"
         if self.good is None:
             return "the good side was not run"
         if self.good.error:
-            return f"the good side could not be run: {self.good.error}"
+            return f"the good side cannot be judged: {self.good.error}"
         if self.good.found is not None:
             return f"the good side shows the bug after {self.good.found.cases:,} cases"
         if self.good.cases < self.good_cases:
@@ -134,7 +140,7 @@ class RegressionResult:
     @property
     def outcome(self) -> str:
         """PASS, FAIL or, where it cannot run here, NOT RUN."""
-        if self.skipped:
+        if self.skipped or self.interrupted:
             return "NOT RUN"
         return "FAIL" if self.problem else "PASS"
 
@@ -157,7 +163,7 @@ def missing_releases(regressions: Sequence[Regression], device: torch.device | N
     """Return what must be fetched, as NAME==VERSION, for those that the devices here can run."""
     missing: dict[str, None] = {}
     for regression in regressions:
-        if isinstance(_device(regression, device), str):
+        if isinstance(_places(regression, device), str):
             continue
         needed = [(regression.package, side.version) for side in (regression.bad, regression.good)]
         needed += [(package, releases.PINNED[package]) for package in _implementation(regression).releases[1:]]
@@ -177,21 +183,37 @@ def run_regression(
     Cases are drawn as in any campaign; nothing hints at the bug. Ctrl-C ends it, and what was done is returned.
     """
     result = RegressionResult(regression)
-    where = _device(regression, device)
-    if isinstance(where, str):
-        result.skipped = where
+    places = _places(regression, device)
+    if isinstance(places, str):
+        result.skipped = places
         return result
-    for seed in seeds:
-        side = _run_side(regression, regression.bad, where, seed, BAD_CASES, progress)
-        result.bad.append(side)
-        if side.interrupted:
-            result.skipped = INTERRUPTED
-        if side.interrupted or side.found is None:
-            return result
-    result.good = _run_side(regression, regression.good, where, seeds[0], result.good_cases, progress)
-    if result.good.interrupted:
-        result.skipped = INTERRUPTED
+    try:
+        for place in places:
+            result.bad, result.skipped = [], ""
+            _run(result, place, seeds, progress)
+            if not result.skipped:
+                break
+    except KeyboardInterrupt:
+        result.interrupted = True
     return result
+
+
+def _run(result: RegressionResult, device: torch.device, seeds: Sequence[int], progress: Progress) -> None:
+    """Run the sides on a device until one of them decides the result."""
+    regression = result.regression
+    for seed in seeds:
+        side = _run_side(regression, regression.bad, device, seed, BAD_CASES, progress)
+        if side.unavailable:
+            result.skipped = f"{side.side} on {device}: {side.unavailable}"
+            return
+        result.bad.append(side)
+        if side.interrupted or side.found is None:
+            result.interrupted = side.interrupted
+            return
+    result.good = _run_side(regression, regression.good, device, seeds[0], result.good_cases, progress)
+    result.interrupted = result.good.interrupted
+    if result.good.unavailable:
+        result.skipped = f"{result.good.side} on {device}: {result.good.unavailable}"
 
 
 def _implementation(regression: Regression) -> Implementation:
@@ -200,21 +222,22 @@ def _implementation(regression: Regression) -> Implementation:
     return implementation
 
 
-def _device(regression: Regression, device: torch.device | None) -> torch.device | str:
-    """Return where a regression runs, or why it cannot run here."""
+def _places(regression: Regression, device: torch.device | None) -> list[torch.device] | str:
+    """Return where a regression can run, the best place first, or why it can run nowhere here."""
     implementation = _implementation(regression)
     kinds = [kind for kind in implementation.devices if kind in (regression.devices or implementation.devices)]
     if device is not None and device.type not in kinds:
         return f"it shows on {' or '.join(kinds)}, not on {device.type}"
-    reason: str | None = None
+    places, reasons = [], []
     for candidate in [torch.device(kind) for kind in kinds] if device is None else [device]:
         reason = registry.missing_device(candidate)
         if reason is None and candidate.type == "cpu":
             reason = implementation.cpu_runtime()
         if reason is None:
-            return candidate
-    assert reason is not None
-    return reason
+            places.append(candidate)
+        else:
+            reasons.append(reason)
+    return places or reasons[-1]
 
 
 def _run_side(
@@ -222,16 +245,20 @@ def _run_side(
 ) -> SideResult:
     """Run a campaign of up to `cases` cases on one side; on the one with the bug it ends when that is shrunk."""
     implementation, target = _implementation(regression), get_target(regression.target)
-    with (
-        edited(releases.locate(regression.package, side.version), side.edits) as tree,
-        tempfile.TemporaryDirectory(prefix="kernelfuzz-regressions-") as out,
-    ):
+    result = SideResult(side, str(device), seed)
+    with ExitStack() as stack:
+        try:
+            tree = stack.enter_context(edited(releases.locate(regression.package, side.version), side.edits))
+        except KernelfuzzError as error:
+            result.error = str(error)
+            return result
+        out = stack.enter_context(tempfile.TemporaryDirectory(prefix="kernelfuzz-regressions-"))
         job = Job(target, KernelName(regression.kernel, str(tree)), device, implementation)
         what = f"{regression.pull_request}: {side} on {device}"
-        watch = _Watch(SideResult(side, str(device), seed), regression, cases, what, progress)
+        watch = _Watch(result, regression, cases, what, progress)
         budget = Budget(examples=2 * cases)  # a kernel may reject some
         run_campaign([job], [], budget, seed, Path(out), events.Bus([watch]), enough=watch.enough)
-    return watch.result
+    return result
 
 
 @dataclass
@@ -257,6 +284,8 @@ class _Watch:
                 self.progress(f"{self.what}: {result.cases:,} of up to {self.limit:,} cases")
             case events.FailureFound():
                 self._found(event)
+            case events.JobFinished(_, _, error) if error and not result.version:
+                result.unavailable = error
             case events.JobFinished(_, _, error):
                 result.error = error or result.error
             case events.CampaignFinished(interrupted):
@@ -276,4 +305,4 @@ class _Watch:
     def enough(self) -> bool:
         """Whether the bug is found and shrunk, or was looked for in as many cases as were asked for."""
         found = self.result.found
-        return self.result.cases >= self.limit or (found is not None and found.shrunk)
+        return self.result.cases >= self.limit if found is None else found.shrunk

@@ -124,7 +124,7 @@ def answer(target: Target, kernel: Kernel, message: dict[str, Any], conditions: 
             return Verdict()
         return judge(target, kernel, case, message["seeds"], conditions)
     except KernelfuzzError as error:
-        return Verdict(error=str(error).splitlines()[0], own_error=True)
+        return Verdict(error=(str(error) or repr(error)).splitlines()[0], own_error=True)
     except Exception as error:  # what a kernel raises is in the verdict
         return Verdict(error=f"{type(error).__name__}: {error}".splitlines()[0])
 

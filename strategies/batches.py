@@ -88,6 +88,9 @@ def batch_regimes(batch: Batch, num_adapters: int) -> set[str]:
     return {name for name, holds in found.items() if holds}
 
 
+SMALL_BATCHES = {"max_segments": 2, "max_length": 2}
+"""Arguments with which `cases` of a target that takes batches draws small cases."""
+
 BATCH_REGIMES = (
     "no_tokens",
     "one_token",

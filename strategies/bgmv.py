@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kernelfuzz.strategies import contents
 from kernelfuzz.strategies.adapters import ranks
-from kernelfuzz.strategies.batches import BASE, BATCH_REGIMES, Batch, batch_regimes, batches
+from kernelfuzz.strategies.batches import BASE, BATCH_REGIMES, SMALL_BATCHES, Batch, batch_regimes, batches
 from kernelfuzz.strategies.case import Case as BaseCase
 from kernelfuzz.strategies.devices import USUAL, Placement
 from kernelfuzz.strategies.dtypes import DTYPES, Dtype
@@ -26,7 +26,7 @@ Layer = Literal["wrapper", "operator"]
 OPS: tuple[Op, ...] = get_args(Op)
 LAYERS: tuple[Layer, ...] = get_args(Layer)
 
-SMALL: dict[str, Any] = {"max_segments": 2, "max_length": 2}
+SMALL: dict[str, Any] = {**SMALL_BATCHES}
 """Arguments with which `cases` draws small cases."""
 
 

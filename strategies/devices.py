@@ -10,6 +10,11 @@ from hypothesis import strategies as st
 Spelling = Literal["kind", "indexed", "kind_object", "indexed_object"]
 """A device as "cuda", as "cuda:0", or as torch.device of either."""
 
+Platform = Literal["cpu", "cuda", "rocm", "xpu"]
+"""What host code distinguishes. "cpu" is a machine whose torch knows no GPU."""
+
+PLATFORMS: tuple[Platform, ...] = get_args(Platform)
+
 AnyInputs = TypeVar("AnyInputs")
 
 

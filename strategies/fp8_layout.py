@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kernelfuzz.strategies import contents
 from kernelfuzz.strategies.case import Case as BaseCase
 from kernelfuzz.strategies.contents import hash_bits
-from kernelfuzz.strategies.devices import USUAL, Placement
+from kernelfuzz.strategies.devices import PLATFORMS, USUAL, Placement, Platform
 from kernelfuzz.strategies.dtypes import DTYPES, Dtype
 from kernelfuzz.strategies.layouts import Allocate, plain_allocator
 from kernelfuzz.strategies.sizes import sizes
@@ -33,9 +33,6 @@ Entry = Literal["convert", "checkpoint", "online", "online_block", "online_legac
 - online_block: likewise, with a scale per block
 - online_legacy: as online, through the method that releases before online quantisation had modules of its own used
 """
-
-Platform = Literal["cpu", "cuda", "rocm", "xpu"]
-"""What the host code is told it runs on. It must not matter."""
 
 Backend = Literal[
     "TRITON",
@@ -80,7 +77,6 @@ Style = Literal["ones", "random"]
 Option = TypeVar("Option")
 
 ENTRIES: tuple[Entry, ...] = get_args(Entry)
-PLATFORMS: tuple[Platform, ...] = get_args(Platform)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 SCALES: tuple[Scales, ...] = get_args(Scales)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -125,7 +121,7 @@ class Case(BaseCase):
     target: ClassVar[str] = "fp8_layout"
 
     entry: Entry
-    platform: Platform
+    platform: Platform  # what the host code is told it runs on, which must not matter
     backend: Backend
     num_experts: int
     hidden: int

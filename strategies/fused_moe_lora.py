@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kernelfuzz.strategies import contents, huge
 from kernelfuzz.strategies.adapters import disabled_adapters, enabled_mask, lora_ids, ranks
 from kernelfuzz.strategies.alignment import align_rows, padded_capacity
-from kernelfuzz.strategies.batches import BATCH_REGIMES, Batch, batch_regimes, batches
+from kernelfuzz.strategies.batches import BATCH_REGIMES, SMALL_BATCHES, Batch, batch_regimes, batches
 from kernelfuzz.strategies.case import Case as BaseCase
 from kernelfuzz.strategies.devices import USUAL, Placement
 from kernelfuzz.strategies.dtypes import DTYPES, Dtype
@@ -28,7 +28,7 @@ SMALL_BATCH_MAX_RANK = 64
 SMALL_BATCH_MAX_WORK = 1024
 ONE_SHOT_MAX_RANK = 128
 
-SMALL: dict[str, Any] = {"max_segments": 2, "max_length": 2}
+SMALL: dict[str, Any] = {**SMALL_BATCHES}
 """Arguments with which `cases` draws small cases."""
 
 

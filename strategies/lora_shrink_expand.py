@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kernelfuzz.strategies import contents, huge
 from kernelfuzz.strategies.adapters import ranks
-from kernelfuzz.strategies.batches import BASE, BATCH_REGIMES, Batch, batch_regimes, batches
+from kernelfuzz.strategies.batches import BASE, BATCH_REGIMES, SMALL_BATCHES, Batch, batch_regimes, batches
 from kernelfuzz.strategies.case import Case as BaseCase
 from kernelfuzz.strategies.devices import USUAL, Placement
 from kernelfuzz.strategies.dtypes import DTYPES, Dtype
@@ -23,7 +23,7 @@ from kernelfuzz.strategies.sizes import sizes
 
 Op = Literal["shrink", "expand"]
 
-SMALL: dict[str, Any] = {"max_segments": 2, "max_length": 2}
+SMALL: dict[str, Any] = {**SMALL_BATCHES}
 """Arguments with which `cases` draws small cases."""
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernelfuzz.strategies import contents
 from kernelfuzz.strategies.adapters import disabled_adapters, enabled_mask, lora_ids
 from kernelfuzz.strategies.alignment import padded_capacity
-from kernelfuzz.strategies.batches import BATCH_REGIMES, Batch, batch_regimes, batches
+from kernelfuzz.strategies.batches import BATCH_REGIMES, SMALL_BATCHES, Batch, batch_regimes, batches
 from kernelfuzz.strategies.case import Case as BaseCase
 from kernelfuzz.strategies.devices import USUAL, Placement
 from kernelfuzz.strategies.layouts import CONTIGUOUS, Allocate, Layout, plain_allocator
@@ -33,7 +33,7 @@ STACK_GAP = 128
 """Elements between the items of a stack, at least. Items start at multiples of it, so that each is as well aligned as
 an allocation of its own."""
 
-SMALL: dict[str, Any] = {"max_segments": 2, "max_length": 2}
+SMALL: dict[str, Any] = {**SMALL_BATCHES}
 """Arguments with which `cases` draws small cases."""
 
 

@@ -1,6 +1,7 @@
 """`kernelfuzz regressions`: historical bugs must be found where they are, and only there."""
 
 import json
+import signal
 import statistics
 from collections.abc import Iterator
 from typing import Annotated
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kernelfuzz.fuzz.console import case_lines
-from kernelfuzz.fuzz.regressions import INTERRUPTED, RegressionResult, SideResult, missing_releases, run_regression
+from kernelfuzz.fuzz.regressions import RegressionResult, SideResult, missing_releases, run_regression
 from kernelfuzz.kernels.registry import parse_device
 from kernelfuzz.kernels.regressions import REGRESSIONS, find
 from kernelfuzz.strategies.errors import KernelfuzzError
@@ -43,20 +44,17 @@ def regressions(
     chosen = [find(number) for number in dict.fromkeys(pull_requests)] if pull_requests else list(REGRESSIONS)
     if missing := missing_releases(chosen, where):
         raise KernelfuzzError(f"releases are missing: run 'kernelfuzz releases fetch {' '.join(missing)}'")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: temporary trees are taken away
     results: list[RegressionResult] = []
-    interrupted = False
     for regression in chosen:
+        if results and results[-1].interrupted:
+            results.append(RegressionResult(regression, interrupted=True))
+            continue
         with console.status("") as status:
-            try:
-                result = run_regression(regression, where, range(seed, seed + seeds), status.update)
-            except KeyboardInterrupt:
-                result = RegressionResult(regression, skipped=INTERRUPTED)
-        results.append(result)
-        for line in _lines(result):
+            results.append(run_regression(regression, where, range(seed, seed + seeds), status.update))
+        for line in _lines(results[-1]):
             console.print(line, soft_wrap=True)
-        interrupted = result.skipped == INTERRUPTED
-        if interrupted:
-            break
+    interrupted = any(result.interrupted for result in results)
     outcomes = [result.outcome for result in results]
     console.print(", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in _STYLES if outcome in outcomes))
     if as_json:
@@ -95,7 +93,7 @@ def _side_lines(side: SideResult, name: str, *, brief: bool = False) -> Iterator
     text = f"        {name:<5} {side.side} on {side.device}, seed {side.seed}: "
     found = side.found
     if found is None:
-        yield Text(f"{text}silent in {side.cases:,} cases")
+        yield Text(f"{text}without the bug in {side.cases:,} cases")
     else:
         size = "shrunk to" if found.shrunk else "not shrunk:"
         yield Text(f"{text}{found.failure.kind} after {found.cases:,} cases, {size} size {found.case.size}")

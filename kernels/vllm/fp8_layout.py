@@ -2,7 +2,6 @@
 
 import inspect
 import sys
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from kernelfuzz.kernels.base import Kernel, UnsupportedCaseError, WrongResultError, deliver
 from kernelfuzz.kernels.vllm import host_code, package
 from kernelfuzz.kernels.vllm.platform import EmulatedPlatform, emulate_platform
+from kernelfuzz.kernels.vllm.stand_in import StandIn
 from kernelfuzz.strategies.errors import KernelfuzzError
 from kernelfuzz.strategies.fp8_layout import BACKENDS, BLOCK, Case, Entry, Inputs
 
@@ -88,7 +88,8 @@ def _left_out(members: list[str]) -> tuple[str, ...]:
     for name in members:
         if name not in BACKENDS:
             by_reason.setdefault(_LEFT_OUT.get(name, "kernelfuzz does not know them"), []).append(name)
-    return tuple(f"left out: backends {', '.join(names)}: {reason}" for reason, names in by_reason.items())
+    backends = [f"left out: backends {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+    return (*backends, "left out: checkpoints with static scales of activations")
 
 
 def _method(module_name: str, class_name: str) -> Any:
@@ -137,7 +138,7 @@ def _layer(case: Case) -> torch.nn.Module:
         "local_num_experts": case.num_experts,
         "global_num_experts": case.num_experts,
         "intermediate_size_per_partition": case.intermediate,
-        "activation": _StandIn(is_gated=True),
+        "activation": StandIn("MoEActivation", is_gated=True),
         "moe_config": _moe_config(case),
         "w13_input_scale": None,
         "w2_input_scale": None,
@@ -149,17 +150,6 @@ def _layer(case: Case) -> torch.nn.Module:
     return layer
 
 
-class StandInLacksError(KernelfuzzError, AttributeError):
-    """Code under test asked a stand-in for what it does not have. It says nothing of that code."""
-
-
-class _StandIn(types.SimpleNamespace):
-    """An object of vLLM's with as much of it as is needed."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise StandInLacksError(f"kernelfuzz's stand-in for a configuration of vLLM's has no {name}")
-
-
 def _quantisation(case: Case) -> dict[str, Any]:
     """Return what a quantisation method's configuration says."""
     return {
@@ -169,8 +159,9 @@ def _quantisation(case: Case) -> dict[str, Any]:
     }
 
 
-def _moe_config(case: Case) -> _StandIn:
-    return _StandIn(
+def _moe_config(case: Case) -> StandIn:
+    return StandIn(
+        "FusedMoEConfig",
         is_act_and_mul=True,
         has_bias=False,
         w13_num_shards=2,
@@ -181,7 +172,7 @@ def _moe_config(case: Case) -> _StandIn:
         hidden_dim_unpadded=case.hidden,
         intermediate_size_per_partition=case.intermediate,
         intermediate_size_per_partition_unpadded=case.intermediate,
-        moe_parallel_config=_StandIn(enable_eplb=False),
+        moe_parallel_config=StandIn("FusedMoEParallelConfig", enable_eplb=False),
     )
 
 
@@ -197,14 +188,14 @@ def _load_weights(method_class: Any, backend: Any, inputs: Inputs) -> dict[str, 
         _set_parameter(layer, f"{name}_weight", weights if online else _fp8(weights))
         if not online:
             _set_parameter(layer, f"{name}_{scale_name}", getattr(inputs, f"{name}_scale").clone())
-    method = _make(method_class, backend, layer, _StandIn(**_quantisation(case)))
+    method = _make(method_class, backend, layer, StandIn("Fp8Config", **_quantisation(case)))
     for _ in range(case.calls):
         method.process_weights_after_loading(layer)
     results = {name: getattr(layer, f"{name}_weight").data for name in ("w13", "w2")}
     return results | {f"{name}_scale": getattr(layer, f"{name}_{scale_name}").data for name in ("w13", "w2")}
 
 
-def _make(method_class: Any, backend: Any, layer: Any, quant_config: _StandIn) -> Any:
+def _make(method_class: Any, backend: Any, layer: Any, quant_config: StandIn) -> Any:
     """Return a quantisation method that was told its backend, and that ends before it would make a kernel, which needs
     a GPU."""
     sys.modules[method_class.__module__].__dict__["select_fp8_moe_backend"] = lambda **_: (backend, None)

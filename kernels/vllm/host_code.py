@@ -15,6 +15,7 @@ from kernelfuzz.kernels.vllm.platform import EmulatedPlatform
 _LAYERS = "vllm.model_executor.layers"
 
 TESTED = (
+    "vllm.envs",
     "vllm.lora",
     "vllm.model_executor.utils",
     "vllm.scalar_type",
@@ -40,9 +41,13 @@ def import_from(root: Path, platform: EmulatedPlatform) -> None:
     """Make `import vllm.model_executor.layers...` lead to the files under `root`, a folder that holds `vllm/`, for the
     modules in `TESTED`, and to placeholders for the others. One release a process."""
     package.import_from(root, platform)
-    _stand_in("vllm._custom_ops", scaled_fp8_quant=scaled_fp8_quant)
+    package.stand_in_module("vllm._custom_ops", scaled_fp8_quant=scaled_fp8_quant)
     # No workspace manager: buffers are allocated when they are needed.
-    _stand_in("vllm.v1.worker.workspace", is_workspace_manager_initialized=lambda: False)
+    for name in ("vllm.v1", "vllm.v1.worker"):
+        package.stand_in_module(name)
+    package.stand_in_module("vllm.v1.worker.workspace", is_workspace_manager_initialized=lambda: False)
+    if (root / "vllm" / "envs.py").is_file():
+        del sys.modules["vllm.envs"]  # the release's own has every flag
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     placeholders.install(root, TESTED, missing)
 
@@ -64,16 +69,6 @@ def import_module(name: str) -> types.ModuleType | None:
             if error.name is not None and f"{full}.".startswith(f"{error.name}."):
                 return None
             raise
-
-
-def _stand_in(name: str, **attributes: object) -> None:
-    module = types.ModuleType(name)
-    vars(module).update(attributes)
-    sys.modules[name] = module
-    # `from vllm import ...` looks for the attribute.
-    parent, _, leaf = name.rpartition(".")
-    if parent in sys.modules:
-        setattr(sys.modules[parent], leaf, module)
 
 
 def scaled_fp8_quant(

@@ -46,29 +46,29 @@ def import_from(root: Path, platform: EmulatedPlatform) -> None:
     import triton.tools.tensor_descriptor  # vLLM's ops take it for granted, and triton imports it late
 
     package = root / "vllm"
-    _module("vllm", path=package)
-    _module("vllm.envs", **_ENVIRONMENT)
-    _module("vllm.logger", init_logger=lambda name: _Logger(name, logging.ERROR))
-    _module("vllm.platforms", current_platform=platform)
-    _module(
+    stand_in_module("vllm", path=package)
+    stand_in_module("vllm.envs", **_ENVIRONMENT)
+    stand_in_module("vllm.logger", init_logger=lambda name: _Logger(name, logging.ERROR))
+    stand_in_module("vllm.platforms", current_platform=platform)
+    stand_in_module(
         "vllm.distributed",
         tensor_model_parallel_all_gather=lambda tensor: tensor,
         tensor_model_parallel_all_reduce=lambda tensor: tensor,
     )
-    _module("vllm.utils", path=package / "utils")
-    _module(
+    stand_in_module("vllm.utils", path=package / "utils")
+    stand_in_module(
         "vllm.utils.math_utils",
         next_power_of_2=lambda n: 1 if n <= 1 else 1 << (n - 1).bit_length(),
         cdiv=lambda a, b: -(-a // b),
         round_up=lambda a, b: -(-a // b) * b,
     )
-    _module(
+    stand_in_module(
         "vllm.utils.torch_utils",
         direct_register_custom_op=register_custom_op,
         async_tensor_h2d=lambda data, dtype, device: torch.tensor(data, dtype=dtype, device=device),
     )
-    _module("vllm.utils.mem_utils", get_max_shared_memory_bytes=_max_shared_memory_bytes)
-    _module(
+    stand_in_module("vllm.utils.mem_utils", get_max_shared_memory_bytes=_max_shared_memory_bytes)
+    stand_in_module(
         "vllm.triton_utils",
         path=package / "triton_utils",
         HAS_TRITON=True,
@@ -77,8 +77,8 @@ def import_from(root: Path, platform: EmulatedPlatform) -> None:
         LOG2E=1.4426950408889634,
         LOGE2=0.6931471805599453,
     )
-    _module("vllm.lora", path=package / "lora")
-    _module("vllm.lora.ops", path=package / "lora" / "ops")
+    stand_in_module("vllm.lora", path=package / "lora")
+    stand_in_module("vllm.lora.ops", path=package / "lora" / "ops")
 
 
 def import_module(name: str) -> Any:
@@ -91,7 +91,8 @@ def version(root: Path | None) -> str:
     return metadata.version("vllm") if root is None else releases.version_of(root, "vllm")
 
 
-def _module(name: str, path: Path | None = None, **attributes: Any) -> None:
+def stand_in_module(name: str, path: Path | None = None, **attributes: Any) -> None:
+    """Have `import name` give a module with these attributes; what lies below it is looked for in the folder `path`."""
     module = types.ModuleType(name)
     if path is not None:
         module.__path__ = [str(path)]

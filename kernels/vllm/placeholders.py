@@ -2,7 +2,7 @@
 
 A module of vLLM's MoE and quantisation layers imports half of vLLM and dozens of packages. Here only the modules whose
 code is tested are imported from the release's files; every other one is a placeholder, whose attributes are
-placeholders too. They may be imported, inherited from and named in annotations. To call one is an error of
+placeholders too. They may be imported, inherited from and named in annotations. To call or ask one is an error of
 kernelfuzz's, which says what is missing.
 """
 
@@ -16,14 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kernelfuzz.strategies.errors import KernelfuzzError
-
-
-class PlaceholderCalledError(KernelfuzzError, AttributeError):
-    """Code under test came to a part of vLLM that kernelfuzz has not loaded. It says nothing of that code.
-
-    An AttributeError too, so that code may ask with hasattr.
-    """
+from kernelfuzz.kernels.vllm.stand_in import StandInLacksError
 
 
 class _Importing:
@@ -39,17 +32,33 @@ class _PlaceholderType(type):
         return _placeholder_of(f"{cls.__module__}.{cls.__qualname__}", name)
 
     def __call__(cls, *arguments: Any, **options: Any) -> Any:
-        if not vars(cls).get("is_placeholder", False):
+        if not cls._is_asked():
             return super().__call__(*arguments, **options)
-        if _Importing.depth:
-            return _placeholder(cls.__module__, f"{cls.__qualname__}()")
-        raise _not_loaded(f"{cls.__module__}.{cls.__qualname__}")
+        return _placeholder(cls.__module__, f"{cls.__qualname__}()")
 
     def __iter__(cls) -> Iterator[Any]:
+        cls._is_asked()
         return iter(())
 
     def __getitem__(cls, item: Any) -> Any:
+        cls._is_asked()
         return cls
+
+    def __bool__(cls) -> bool:
+        cls._is_asked()
+        return True
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        cls._is_asked()
+        return super().__instancecheck__(instance)
+
+    def _is_asked(cls) -> bool:
+        """Whether a placeholder is used, and not a class of the release's that inherits from one. Raises
+        StandInLacksError unless modules are being imported: there is no right answer."""
+        is_placeholder: bool = vars(cls).get("is_placeholder", False)
+        if is_placeholder and not _Importing.depth:
+            raise StandInLacksError(f"{cls.__module__}.{cls.__qualname__}")
+        return is_placeholder
 
 
 class _Base:
@@ -61,13 +70,9 @@ class _Base:
         self.moe = moe
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise _not_loaded(f"what {type(self).__qualname__} inherits as {name}")
-
-
-def _not_loaded(what: str) -> PlaceholderCalledError:
-    return PlaceholderCalledError(f"kernelfuzz does not load {what}, which the code under test came to")
+        if name.startswith("__") or any(name in vars(each) for each in type(self).__mro__):
+            return object.__getattribute__(self, name)  # a property failed, and says so once more
+        raise StandInLacksError(f"what {type(self).__qualname__} inherits as {name}")
 
 
 @functools.cache

@@ -2,20 +2,33 @@
 
 import sys
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
+from kernelfuzz.kernels.vllm.stand_in import StandInLacksError
+from kernelfuzz.strategies.devices import PLATFORMS, Platform
 from kernelfuzz.strategies.errors import KernelfuzzError
 
-PlatformKind = Literal["cpu", "cuda", "rocm", "xpu"]
-"""What vLLM's host code distinguishes. "cpu" is a machine whose torch knows no GPU."""
+_HOPPER = (9, 0)
+_CUDA, _TO_CUDA = torch.cuda, torch.Tensor.cuda
 
-PLATFORM_KINDS: tuple[PlatformKind, ...] = get_args(PlatformKind)
 
-_HOPPER = 90
+class DeviceCapability(NamedTuple):
+    """A GPU's compute capability, as vLLM's platforms give it."""
+
+    major: int
+    minor: int
+
+    def to_int(self) -> int:
+        """Return 90 for 9.0."""
+        return 10 * self.major + self.minor
+
+    def as_version_str(self) -> str:
+        """Return "9.0" for 9.0."""
+        return f"{self.major}.{self.minor}"
 
 
 class TouchedCudaError(RuntimeError):
@@ -26,15 +39,17 @@ class EmulatedPlatform:
     """Answers vLLM's `current_platform` questions for one kind of device.
 
     `compute_units` is what host code is told about the device's size. It may be asked for by an integer index or None;
-    a `torch.device` is refused, as vLLM's own platforms cannot take one. The capability is the GPU's that is here, or
-    a Hopper's. Raises KernelfuzzError for an unknown kind.
+    a `torch.device` is refused, as vLLM's own platforms cannot take one. `capability` is that of a CUDA device, a
+    Hopper's unless told otherwise. A question that is not foreseen raises StandInLacksError, which is no failure of who
+    asks. Raises KernelfuzzError for an unknown kind.
     """
 
     simple_compile_backend = "eager"
 
-    def __init__(self, kind: str) -> None:
-        if kind not in PLATFORM_KINDS:
-            raise KernelfuzzError(f"unknown platform {kind!r}: expected one of {', '.join(PLATFORM_KINDS)}")
+    def __init__(self, kind: str, capability: tuple[int, int] = _HOPPER) -> None:
+        if kind not in PLATFORMS:
+            raise KernelfuzzError(f"unknown platform {kind!r}: expected one of {', '.join(PLATFORMS)}")
+        self.capability = DeviceCapability(*capability)
         self.device_name = kind
         self.device_type = "cuda" if kind == "rocm" else kind  # as torch calls AMD's GPUs
         self.compute_units = 132
@@ -75,69 +90,86 @@ class EmulatedPlatform:
             raise TypeError(f"num_compute_units takes an integer device index or None, got {device_id!r}")
         return self.compute_units
 
+    def get_device_capability(self, device_id: int = 0) -> DeviceCapability | None:
+        del device_id
+        return self.capability if self.is_cuda() else None
+
     def has_device_capability(self, capability: int | tuple[int, int], device_id: int = 0) -> bool:
         del device_id
-        return self.is_cuda() and _capability() >= _as_integer(capability)
+        return self.is_cuda() and self.capability >= _pair(capability)
 
     def is_device_capability(self, capability: int | tuple[int, int], device_id: int = 0) -> bool:
         del device_id
-        return self.is_cuda() and _capability() == _as_integer(capability)
+        return self.is_cuda() and self.capability == _pair(capability)
 
     def is_device_capability_family(self, capability: int, device_id: int = 0) -> bool:
         del device_id
-        return self.is_cuda() and _capability() // 10 == capability // 10
+        return self.is_cuda() and self.capability.major == capability // 10
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise StandInLacksError(f"current_platform.{name}")
 
 
-def _capability() -> int:
-    if not torch.cuda.is_available():
-        return _HOPPER
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
-
-
-def _as_integer(capability: int | tuple[int, int]) -> int:
-    return capability if isinstance(capability, int) else 10 * capability[0] + capability[1]
+def _pair(capability: int | tuple[int, int]) -> tuple[int, int]:
+    return divmod(capability, 10) if isinstance(capability, int) else capability
 
 
 @contextmanager
 def emulate_platform(
-    platform: EmulatedPlatform | PlatformKind, code_under_test: tuple[str, ...] = ("vllm",)
+    platform: EmulatedPlatform | Platform, code_under_test: tuple[str, ...] = ("vllm",)
 ) -> Iterator[EmulatedPlatform]:
     """Have host code run as if on `platform`, whatever device is here.
 
     - Each module of the packages `code_under_test` that has imported `current_platform`, of an installed vLLM or of a
-      release's files, gets the emulated one.
+      release's files, gets the emulated one, and so does whoever imports it meanwhile.
     - On "xpu" and "cpu", `torch.cuda` and `Tensor.cuda` are closed to those packages: a use of them raises
       TouchedCudaError, which names the caller, at once and, should the caller swallow it, once more at the end. That is
-      what vLLM's pull request 43646 mended. What torch and Triton do themselves is let through. On "rocm" torch.cuda is
-      the way to AMD's GPUs and stays open.
+      what vLLM's pull request 43646 mended. What torch and Triton do themselves is let through, and so are functions
+      of torch.cuda that a module imported by their names before. On "rocm" torch.cuda is the way to AMD's GPUs and
+      stays open, as on "cuda".
 
     For one thread at a time. Everything is as before afterwards.
     """
     emulated = EmulatedPlatform(platform) if isinstance(platform, str) else platform
     packages = frozenset(code_under_test)
-    believers = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith(code_under_test)  # sorts out nearly all, and quickly
-        and name.partition(".")[0] in packages
-        and "current_platform" in vars(module)
-    ]
-    before = [vars(module)["current_platform"] for module in believers]
-    for module in believers:
-        vars(module)["current_platform"] = emulated
     guard = _Guard(packages)
-    try:
-        if emulated.is_cuda_alike():
-            yield emulated
-        else:
-            with guard.closed():
-                yield emulated
-    finally:
-        for module, real in zip(believers, before):
-            vars(module)["current_platform"] = real
+    cuda = _CUDA if emulated.is_cuda_alike() else _GuardedModule(guard)
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            # The first condition sorts out nearly all, and quickly.
+            if not name.startswith(code_under_test) or name.partition(".")[0] not in packages:
+                continue
+            if "current_platform" in vars(module) or name.partition(".")[2] == "platforms":
+                stack.enter_context(_replaced(module, "current_platform", emulated))
+            for attribute, value in list(vars(module).items()):
+                if value is _CUDA or isinstance(value, _GuardedModule):
+                    stack.enter_context(_replaced(module, attribute, cuda))
+        stack.enter_context(_replaced(torch, "cuda", cuda))
+        stack.callback(sys.modules.__setitem__, "torch.cuda", sys.modules["torch.cuda"])
+        sys.modules["torch.cuda"] = cuda
+        to_cuda = _TO_CUDA if emulated.is_cuda_alike() else guard.to_cuda
+        stack.callback(setattr, torch.Tensor, "cuda", torch.Tensor.cuda)
+        torch.Tensor.cuda = to_cuda  # type: ignore[method-assign]
+        yield emulated
     if guard.swallowed is not None:
         raise guard.swallowed
+
+
+@contextmanager
+def _replaced(module: types.ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Have a module's attribute be another one meanwhile."""
+    attributes = vars(module)
+    had, before = name in attributes, attributes.get(name)
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        if had:
+            attributes[name] = before
+        else:
+            attributes.pop(name, None)
 
 
 class _Guard:
@@ -147,21 +179,15 @@ class _Guard:
         self.swallowed: TouchedCudaError | None = None
         self._packages = packages
 
-    @contextmanager
-    def closed(self) -> Iterator[None]:
-        cuda, to_cuda = torch.cuda, torch.Tensor.cuda
+    @property
+    def to_cuda(self) -> Callable[..., torch.Tensor]:
+        """`Tensor.cuda` for everybody else."""
 
-        def guarded(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        def to_cuda(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
             self.check("Tensor.cuda", sys._getframe(1))
-            return to_cuda(tensor, *arguments, **options)
+            return _TO_CUDA(tensor, *arguments, **options)
 
-        torch.cuda = sys.modules["torch.cuda"] = _GuardedModule(cuda, self)
-        torch.Tensor.cuda = guarded  # type: ignore[assignment,method-assign]
-        try:
-            yield
-        finally:
-            torch.cuda = sys.modules["torch.cuda"] = cuda
-            torch.Tensor.cuda = to_cuda  # type: ignore[method-assign]
+        return to_cuda
 
     def check(self, what: str, caller: types.FrameType) -> None:
         """Raise TouchedCudaError if the caller is under test."""
@@ -176,16 +202,29 @@ class _Guard:
 class _GuardedModule(types.ModuleType):
     """Stands in for torch.cuda."""
 
-    def __init__(self, cuda: types.ModuleType, guard: _Guard) -> None:
+    _guard: _Guard
+
+    def __init__(self, guard: _Guard) -> None:
         super().__init__("torch.cuda")
-        self.__dict__.clear()  # so that every attribute is asked for
-        object.__setattr__(self, "_real", (cuda, guard))
+        own: dict[str, Any] = vars(types.ModuleType)["__dict__"].__get__(self)
+        own.clear()  # so that every attribute is asked for
+        own["_guard"] = guard
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        """What is there is torch.cuda's, also for who patches it for a test."""
+        return vars(_CUDA)
 
     def __getattr__(self, name: str) -> Any:
-        cuda, guard = self.__dict__["_real"]
         if not name.startswith("__"):  # which an import asks for, and which is no use of the device
-            guard.check(f"torch.cuda.{name}", sys._getframe(1))
-        return getattr(cuda, name)
+            self._guard.check(f"torch.cuda.{name}", sys._getframe(1))
+        return getattr(_CUDA, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.__dict__["_real"][0], name, value)
+        if not name.startswith("__"):
+            self._guard.check(f"torch.cuda.{name}", sys._getframe(1))
+        setattr(_CUDA, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._guard.check(f"torch.cuda.{name}", sys._getframe(1))
+        delattr(_CUDA, name)

@@ -9,7 +9,7 @@ import torch
 
 from kernelfuzz.kernels import interpreter
 from kernelfuzz.kernels.vllm import package
-from kernelfuzz.kernels.vllm.platform import EmulatedPlatform, emulate_platform
+from kernelfuzz.kernels.vllm.platform import DeviceCapability, EmulatedPlatform, emulate_platform
 
 
 class TritonRelease:
@@ -23,6 +23,8 @@ class TritonRelease:
             interpreter.install()
         self._emulates = device.type == "cpu" or (device.type == "xpu" and root is not None)
         self._platform = EmulatedPlatform(device.type)
+        if device.type == "cuda":
+            self._platform.capability = DeviceCapability(*torch.cuda.get_device_capability(device))
         if root is not None:
             package.import_from(root, self._platform)
         self.version = package.version(root)

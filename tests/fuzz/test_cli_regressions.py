@@ -87,12 +87,14 @@ def test_other_failures_of_a_mended_side_are_listed(fetched, few_cases):
     assert "fp8_layout.vllm.wrong_value.w13.swapped_weights" in result.good.others
 
 
-def test_a_release_that_cannot_be_edited_is_one_line(fetched):
+def test_a_release_that_cannot_be_edited_fails_and_says_so(fetched):
     fetched(DEVICE)
     (edit,) = DEVICE.bad.edits
     wrong = dataclasses.replace(DEVICE.bad, edits=(dataclasses.replace(edit, anchor="is not there"),))
-    with pytest.raises(KernelfuzzError, match="it contains 'is not there' 0 times, not once"):
-        run_regression(dataclasses.replace(DEVICE, bad=wrong), CPU, [0], silent)
+    result = run_regression(dataclasses.replace(DEVICE, bad=wrong), CPU, [0], silent)
+    assert result.outcome == "FAIL"
+    assert result.problem.startswith("the bad side cannot be judged: cannot edit vllm/model_executor/layers/fused_moe/")
+    assert result.problem.endswith("it contains 'is not there' 0 times, not once")
 
 
 def test_what_a_device_cannot_show_is_said_and_nothing_is_run():
@@ -151,8 +153,8 @@ def fake_runs(monkeypatch):
         def run(regression, device, seeds, progress):
             del device, seeds, progress
             outcome = outcomes[regression.pull_request]
-            if isinstance(outcome, BaseException):
-                raise outcome
+            if isinstance(outcome, KeyboardInterrupt):
+                return RegressionResult(regression, interrupted=True)
             return RegressionResult(regression, skipped=outcome)
 
         monkeypatch.setattr(command, "missing_releases", lambda *_: [])
@@ -163,11 +165,35 @@ def fake_runs(monkeypatch):
 
 def test_an_interruption_keeps_what_was_done(kernelfuzz, fake_runs):
     fake_runs({39989: "no such device", 40109: KeyboardInterrupt()})
-    outcome = kernelfuzz("regressions")
+    outcome = kernelfuzz("regressions", "--json")
     assert outcome.status == 130
-    assert "NOT RUN vllm 39989" in outcome.out
-    assert "NOT RUN vllm 40109" in outcome.out
-    assert outcome.out.endswith("2 NOT RUN\n")
+    assert "NOT RUN vllm 39989" in outcome.err
+    assert "NOT RUN vllm 40109" in outcome.err
+    assert outcome.err.endswith("5 NOT RUN\n")
+    problems = [each["problem"] for each in json.loads(outcome.out)["results"]]
+    assert problems == ["no such device", *["interrupted"] * 4]
+
+
+def test_a_kernel_that_cannot_be_loaded_does_not_count(fetched, monkeypatch):
+    fetched(DEVICE)
+
+    def cannot(*_):
+        raise KernelfuzzError("library.so does not load here")
+
+    monkeypatch.setattr("kernelfuzz.fuzz.campaign.Isolation.executor", cannot)
+    result = run_regression(DEVICE, CPU, [0], silent)
+    reason = "0.23.0 with the bug put back on cpu: library.so does not load here"
+    assert (result.outcome, result.problem) == ("NOT RUN", reason)
+
+
+def test_an_interrupted_campaign_is_no_failure(fetched, monkeypatch):
+    fetched(DEVICE)
+
+    def interrupt(text):
+        raise KeyboardInterrupt
+
+    result = run_regression(DEVICE, CPU, [0], interrupt)
+    assert (result.outcome, result.problem) == ("NOT RUN", "interrupted")
 
 
 def test_a_failure_is_exit_status_1_and_json_is_all_of_stdout(kernelfuzz, fake_runs):

@@ -13,6 +13,7 @@ import torch
 from kernelfuzz.kernels.base import WrongResultError, deliver
 from kernelfuzz.kernels.vllm import host_code, placeholders
 from kernelfuzz.kernels.vllm.platform import EmulatedPlatform
+from kernelfuzz.kernels.vllm.stand_in import StandInLacksError
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 LAYERS = "vllm.model_executor.layers"
@@ -113,9 +114,9 @@ def test_what_is_not_tested_may_be_imported_inherited_from_and_named(module):
     ],
 )
 def test_to_call_what_is_not_there_is_an_error_that_names_it(module, function, what):
-    with pytest.raises(placeholders.PlaceholderCalledError) as error:
+    with pytest.raises(StandInLacksError) as error:
         getattr(module, function)()
-    assert str(error.value) == f"kernelfuzz does not load {what}, which the code under test came to"
+    assert str(error.value) == f"kernelfuzz has no stand-in for {what}, which the code under test came to"
     assert isinstance(error.value, KernelfuzzError), "it is no failure of the code's"
 
 
@@ -124,7 +125,7 @@ def test_while_modules_are_imported_placeholders_may_be_called(module):
         with placeholders.importing():
             module.calls()
         module.calls()
-    with pytest.raises(placeholders.PlaceholderCalledError):
+    with pytest.raises(StandInLacksError):
         module.calls()
 
 
@@ -132,7 +133,7 @@ def test_they_may_not_be_called_any_more_after_an_import_that_failed(module, rel
     write(release, f"{LAYERS}.quantization.fp8", "1 // 0\n")
     with pytest.raises(ZeroDivisionError):
         host_code.import_module("quantization.fp8")
-    with pytest.raises(placeholders.PlaceholderCalledError):
+    with pytest.raises(StandInLacksError):
         module.calls()
 
 

@@ -6,7 +6,9 @@ import types
 import pytest
 import torch
 
-from kernelfuzz.kernels.vllm.platform import PLATFORM_KINDS, EmulatedPlatform, TouchedCudaError, emulate_platform
+from kernelfuzz.kernels.vllm.platform import EmulatedPlatform, TouchedCudaError, emulate_platform
+from kernelfuzz.kernels.vllm.stand_in import StandIn, StandInLacksError
+from kernelfuzz.strategies.devices import PLATFORMS
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 PACKAGE = ("vllm_fake",)
@@ -84,16 +86,15 @@ def test_each_kind_answers_for_itself(kind, yes, device_type):
 
 
 def test_every_kind_is_known_and_no_other():
-    assert {EmulatedPlatform(kind).device_name for kind in PLATFORM_KINDS} == {"cpu", "cuda", "rocm", "xpu"}
+    assert {EmulatedPlatform(kind).device_name for kind in PLATFORMS} == {"cpu", "cuda", "rocm", "xpu"}
     for make in (EmulatedPlatform, lambda kind: emulate_platform(kind).__enter__()):
         with pytest.raises(KernelfuzzError) as error:
             make("tpu")
         assert str(error.value) == "unknown platform 'tpu': expected one of cpu, cuda, rocm, xpu"
 
 
-@pytest.mark.parametrize("kind", PLATFORM_KINDS)
-def test_without_a_gpu_only_cuda_has_a_capability_and_it_is_hoppers(kind, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.mark.parametrize("kind", PLATFORMS)
+def test_only_cuda_has_a_capability_and_it_is_hoppers(kind):
     platform = EmulatedPlatform(kind)
     is_cuda = kind == "cuda"
     for capability, at_least, exactly in (
@@ -106,16 +107,35 @@ def test_without_a_gpu_only_cuda_has_a_capability_and_it_is_hoppers(kind, monkey
         assert platform.is_device_capability(capability) == (is_cuda and exactly)
     assert platform.is_device_capability_family(90) == is_cuda
     assert not platform.is_device_capability_family(100)
+    found = platform.get_device_capability()
+    assert found == ((9, 0) if is_cuda else None)
 
 
-def test_the_capability_is_that_of_the_gpu_that_is_here(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 1))
-    platform = EmulatedPlatform("cuda")
+def test_another_capability_can_be_told():
+    platform = EmulatedPlatform("cuda", (12, 1))
     assert platform.is_device_capability((12, 1))
     assert platform.has_device_capability(120)
     assert not platform.is_device_capability(120)
     assert platform.is_device_capability_family(120)
+    assert platform.get_device_capability().to_int() == 121
+    assert platform.get_device_capability().as_version_str() == "12.1"
+
+
+def test_a_question_that_is_not_foreseen_is_the_stand_ins_fault_and_may_be_asked_for():
+    platform = EmulatedPlatform("xpu")
+    with pytest.raises(StandInLacksError) as error:
+        platform.get_cpu_architecture()
+    assert str(error.value).startswith("kernelfuzz has no stand-in for current_platform.get_cpu_architecture, which")
+    assert isinstance(error.value, KernelfuzzError)
+    assert not hasattr(platform, "get_cpu_architecture")
+
+
+def test_a_stand_in_says_what_it_lacks():
+    config = StandIn("FusedMoEConfig", tp_size=1)
+    assert config.tp_size == 1
+    assert not hasattr(config, "dp_size")
+    with pytest.raises(StandInLacksError, match="no stand-in for dp_size of FusedMoEConfig, which"):
+        _ = config.dp_size
 
 
 def test_compute_units_are_asked_for_by_an_index_or_none():
@@ -131,7 +151,7 @@ def test_compute_units_are_asked_for_by_an_index_or_none():
 # Who sees it.
 
 
-@pytest.mark.parametrize("kind", PLATFORM_KINDS)
+@pytest.mark.parametrize("kind", PLATFORMS)
 def test_code_under_test_sees_the_platform_and_gets_its_own_back(kind, fake):
     with emulate_platform(kind, PACKAGE) as emulated:
         assert fake.ask() is emulated
@@ -160,7 +180,7 @@ def test_each_module_gets_back_its_own_and_other_packages_see_nothing(fake, monk
 
 def test_everything_is_as_before_after_an_exception(fake):
     before = cuda_as_seen()
-    for kind in PLATFORM_KINDS:
+    for kind in PLATFORMS:
         with pytest.raises(ZeroDivisionError), emulate_platform(kind, PACKAGE):
             raise ZeroDivisionError
         assert fake.ask() == "real"
@@ -245,3 +265,53 @@ def test_torch_cuda_stays_open_on_nvidias_and_amds_gpus(kind, fake):
         assert fake.touch() == real.is_available()
         assert fake.import_from() == real.is_available()
         assert fake.touch_something_else() == real.device_count()
+
+
+def test_who_imports_the_platform_late_sees_it_too(monkeypatch):
+    platforms = types.ModuleType("vllm_fake.platforms")  # gives its attribute when it is asked for, as vLLM's does
+    monkeypatch.setitem(sys.modules, "vllm_fake", types.ModuleType("vllm_fake"))
+    monkeypatch.setitem(sys.modules, platforms.__name__, platforms)
+    with emulate_platform("xpu", PACKAGE) as platform:
+        from vllm_fake.platforms import current_platform
+
+        assert current_platform is platform
+    assert not hasattr(platforms, "current_platform")
+
+
+def test_torch_cuda_under_another_name_is_closed_too(fake):
+    fake.gpu = torch.cuda
+    exec("def ask_it(): return gpu.is_available()", vars(fake))
+    with pytest.raises(TouchedCudaError, match=r"uses torch\.cuda\.is_available"), emulate_platform("cpu", PACKAGE):
+        fake.ask_it()
+    assert fake.gpu is torch.cuda
+
+
+def test_a_write_is_a_touch(fake):
+    exec("def write(): torch.cuda.seen_by_nobody = 1", vars(fake))
+    with pytest.raises(TouchedCudaError, match=r"uses torch\.cuda\.seen_by_nobody"), emulate_platform("cpu", PACKAGE):
+        fake.write()
+    assert not hasattr(torch.cuda, "seen_by_nobody")
+
+
+def test_a_test_may_patch_torch_cuda_meanwhile(fake, monkeypatch):
+    before = torch.cuda.is_available
+    with emulate_platform("cpu", PACKAGE):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: "patched")
+            patch.setattr(torch.cuda, "seen_by_nobody", 1, raising=False)
+            assert torch.cuda.is_available() == "patched"
+        assert torch.cuda.is_available() is before()
+    assert torch.cuda.is_available is before
+    assert not hasattr(torch.cuda, "seen_by_nobody")
+
+
+def test_platforms_may_be_nested(fake):
+    before, real = torch.cuda, torch.cuda.is_available()
+    with emulate_platform("xpu", PACKAGE):
+        with emulate_platform("cuda", PACKAGE) as inner:
+            assert fake.ask() is inner
+            assert fake.touch() is real
+            assert torch.cuda is before
+        assert fake.ask().is_xpu()
+        assert torch.cuda is not before
+    assert torch.cuda is before

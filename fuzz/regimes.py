@@ -28,9 +28,8 @@ def require_regime(name: str | None, jobs: Sequence[Job]) -> Regime | None:
     regime = cast(Regime, name)
     for job in jobs:
         if regime == "robustness" and job.device.type == "cpu":
-            raise KernelfuzzError(
-                f"--regime robustness needs a GPU, where {job} has nothing to vary: add --device cuda"
-            )
+            remedy = "add --device cuda" if "cuda" in job.implementation.devices else f"leave out {job.target.name}"
+            raise KernelfuzzError(f"--regime robustness needs a GPU, {job} has nothing to vary: {remedy}")
     if regime == "huge":
         _require_huge(in_regime(regime, jobs)[0])
     return regime

@@ -48,7 +48,7 @@ class SideResult:
     """What one campaign on one side did.
 
     - version, notes: what the kernel says of itself; seed: the campaign's
-    - cases: launches that looked for failures and were judged
+    - cases: launches that looked for failures and were judged; passed: those of them that showed no failure at all
     - found: the symptom that was seen first, or None; others: the other fingerprints and what they say
     - unavailable: why the kernel cannot be loaded here
     - error: why the side, or a case, could not be judged
@@ -60,6 +60,7 @@ class SideResult:
     version: str = ""
     notes: tuple[str, ...] = ()
     cases: int = 0
+    passed: int = 0
     found: Find | None = None
     others: dict[str, str] = field(default_factory=dict)
     unavailable: str = ""
@@ -76,6 +77,7 @@ class SideResult:
             "notes": list(self.notes),
             "seed": self.seed,
             "cases": self.cases,
+            "passed": self.passed,
             "found": None
             if found is None
             else {
@@ -128,13 +130,13 @@ class RegressionResult:
             return f"the good side cannot be judged: {self.good.error}"
         if self.good.found is not None:
             return f"the good side shows the bug after {self.good.found.cases:,} cases"
-        if self.good.cases < self.good_cases:
-            return f"the good side ran {self.good.cases:,} cases of {self.good_cases:,}"
+        if self.good.passed < self.good_cases:
+            return f"on the good side {self.good.passed:,} cases passed of {self.good_cases:,} that must"
         return ""
 
     @property
     def good_cases(self) -> int:
-        """How many cases the good side must be run for."""
+        """How many cases must pass on the good side: what fails otherwise may have had no chance to show the bug."""
         return max(GOOD_CASES, GOOD_TIMES * max(self.cases_until_found, default=0))
 
     @property
@@ -243,7 +245,8 @@ def _places(regression: Regression, device: torch.device | None) -> list[torch.d
 def _run_side(
     regression: Regression, side: Side, device: torch.device, seed: int, cases: int, progress: Progress
 ) -> SideResult:
-    """Run a campaign of up to `cases` cases on one side; on the one with the bug it ends when that is shrunk."""
+    """Run a campaign on one side, until the bug is found and shrunk, or was looked for in so many cases; on the good
+    side until so many passed."""
     implementation, target = _implementation(regression), get_target(regression.target)
     result = SideResult(side, str(device), seed)
     with ExitStack() as stack:
@@ -255,8 +258,8 @@ def _run_side(
         out = stack.enter_context(tempfile.TemporaryDirectory(prefix="kernelfuzz-regressions-"))
         job = Job(target, KernelName(regression.kernel, str(tree)), device, implementation)
         what = f"{regression.pull_request}: {side} on {device}"
-        watch = _Watch(result, regression, cases, what, progress)
-        budget = Budget(examples=2 * cases)  # a kernel may reject some
+        watch = _Watch(result, regression, side is regression.bad, cases, what, progress)
+        budget = Budget(examples=2 * cases)  # some are rejected or fail otherwise
         run_campaign([job], [], budget, seed, Path(out), events.Bus([watch]), enough=watch.enough)
     return result
 
@@ -267,6 +270,7 @@ class _Watch:
 
     result: SideResult
     regression: Regression
+    is_bad: bool
     limit: int
     what: str
     progress: Progress
@@ -280,11 +284,13 @@ class _Watch:
                 verdict = event.verdict
                 if not (verdict.rejected or verdict.error):
                     result.cases += verdict.cases
+                    result.passed += 0 if verdict.failures else verdict.cases
                 result.error = result.error or verdict.error
-                self.progress(f"{self.what}: {result.cases:,} of up to {self.limit:,} cases")
+                self.progress(f"{self.what}: {result.cases:,} cases")
             case events.FailureFound():
                 self._found(event)
-            case events.JobFinished(_, _, error) if error and not result.version:
+            # A CPU has all that was looked for before, so that there the code itself cannot be loaded.
+            case events.JobFinished(job, _, error) if error and not result.version and job.device.type != "cpu":
                 result.unavailable = error
             case events.JobFinished(_, _, error):
                 result.error = error or result.error
@@ -304,5 +310,7 @@ class _Watch:
 
     def enough(self) -> bool:
         """Whether the bug is found and shrunk, or was looked for in as many cases as were asked for."""
-        found = self.result.found
-        return self.result.cases >= self.limit if found is None else found.shrunk
+        result = self.result
+        if result.found is not None:
+            return result.found.shrunk
+        return (result.cases if self.is_bad else result.passed) >= self.limit

@@ -29,7 +29,7 @@ class Side:
     edits: tuple[Edit, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.version} with the bug put back" if self.edits else self.version
+        return f"{self.version} edited" if self.edits else self.version
 
 
 @dataclass(frozen=True)
@@ -164,10 +164,10 @@ REGRESSIONS: tuple[Regression, ...] = (
 """Every one of them, by pull request."""
 
 
-def find(pull_request: int) -> Regression:
+def find(pull_request: str) -> Regression:
     """Return the regression of that pull request. Raises KernelfuzzError naming the ones there are."""
     for regression in REGRESSIONS:
-        if regression.pull_request == pull_request:
+        if str(regression.pull_request) == pull_request.removeprefix("#"):
             return regression
     known = ", ".join(str(regression.pull_request) for regression in REGRESSIONS)
     raise KernelfuzzError(f"no regression {pull_request}: expected one of {known}")

@@ -212,7 +212,7 @@ def cases(
     refused = tuple(each for each in possible if each == "NONE")
     chosen_backend = draw(st.sampled_from(legal * -(-19 // max(len(legal), 1)) + refused))
     entries = possible[chosen_backend]
-    chosen_scales = draw(_chosen((*entries, *(kind for kind in _COMMON_SCALES * 2 if kind in entries))))
+    chosen_scales = draw(_chosen((*entries, *(kind for kind in _COMMON_SCALES * 5 if kind in entries))))
     chosen_entry = draw(_chosen(entries[chosen_scales]))
     online, dtype, calls = chosen_entry.startswith("online"), draw(st.sampled_from(DTYPES)), draw(st.integers(1, 2))
     input_scales = draw(st.booleans())
@@ -221,7 +221,7 @@ def cases(
     return Case(
         seed=draw(contents.seeds()),
         entry=chosen_entry,
-        platform=draw(st.sampled_from(platform)),
+        platform=draw(st.sampled_from((*platform, *(each for each in platform if each == "xpu")))),
         backend=chosen_backend,
         num_experts=draw(st.integers(1, max_experts)),
         hidden=hidden,

@@ -23,7 +23,7 @@ _STYLES = {"PASS": "bold green", "FAIL": "bold red", "NOT RUN": "bold yellow"}
 
 def regressions(
     pull_requests: Annotated[
-        list[int] | None, typer.Argument(metavar="[PR]...", help="Pull requests that mended them. Default: all.")
+        list[str] | None, typer.Argument(metavar="[PR]...", help="Pull requests that mended them. Default: all.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, xpu. Default: for each the best there is.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the campaigns.")] = 0,
@@ -93,7 +93,7 @@ def _side_lines(side: SideResult, name: str, *, brief: bool = False) -> Iterator
     text = f"        {name:<5} {side.side} on {side.device}, seed {side.seed}: "
     found = side.found
     if found is None:
-        yield Text(f"{text}without the bug in {side.cases:,} cases")
+        yield Text(f"{text}without the bug in {side.cases:,} cases, of which {side.passed:,} passed")
     else:
         size = "shrunk to" if found.shrunk else "not shrunk:"
         yield Text(f"{text}{found.failure.kind} after {found.cases:,} cases, {size} size {found.case.size}")

@@ -11,7 +11,7 @@ import torch
 from kernelfuzz.kernels.base import Kernel, UnsupportedCaseError, WrongResultError, deliver
 from kernelfuzz.kernels.vllm import host_code, package
 from kernelfuzz.kernels.vllm.platform import EmulatedPlatform, emulate_platform
-from kernelfuzz.kernels.vllm.stand_in import StandIn
+from kernelfuzz.kernels.vllm.stand_in import StandIn, StandInLacksError
 from kernelfuzz.strategies.errors import KernelfuzzError
 from kernelfuzz.strategies.fp8_layout import BACKENDS, BLOCK, Case, Entry, Inputs
 
@@ -47,9 +47,10 @@ def load(root: Path | None, device: torch.device) -> Kernel:
         host_code.emulate_operators()
     else:
         host_code.import_from(root, EmulatedPlatform("cpu"))
-    # Imported late by the conversion, and on an XPU they would import Intel's kernels.
-    for name in ("fused_moe.experts.xpu_moe", "fused_moe.xpu_fused_moe"):
-        host_code.import_module(name)
+    # Imported late by the conversion, and on an XPU it would import Intel's kernels.
+    xpu: Any = host_code.import_module("fused_moe.experts.xpu_moe")
+    for_xpu = getattr(xpu, "prepare_fp8_moe_layer_for_xpu", None)
+    takes_scales = for_xpu is not None and "w13_scale" in inspect.signature(for_xpu).parameters
     # Some helpers are decorated with torch.compile, which would compile them for every shape.
     torch.compiler.set_stance("force_eager")
     oracle: Any = host_code.import_module("fused_moe.oracle.fp8")
@@ -64,6 +65,8 @@ def load(root: Path | None, device: torch.device) -> Kernel:
             raise UnsupportedCaseError(f"this release has no {' '.join(_METHODS[case.entry])}")
         if case.backend not in oracle.Fp8MoeBackend.__members__:
             raise UnsupportedCaseError(f"this release has no backend {case.backend}")
+        if case.backend == "XPU" and case.scales != "per_tensor" and not takes_scales:
+            raise UnsupportedCaseError("the XPU kernels of this release take one scale for an expert")
         backend = oracle.Fp8MoeBackend[case.backend]
         with emulate_platform(case.platform):
             if case.entry == "convert":
@@ -78,16 +81,17 @@ def load(root: Path | None, device: torch.device) -> Kernel:
                 raise WrongResultError(what, f"{case.layout}_layout", str(error)) from error
 
     members = list(oracle.Fp8MoeBackend.__members__)
-    offered = [name for name in members if name in BACKENDS]
-    return Kernel(launch, version, {"backend": offered, "entry": ["convert", *methods]}, _left_out(members))
+    offered = [name for name in members if name in BACKENDS and (name != "XPU" or for_xpu is not None)]
+    return Kernel(launch, version, {"backend": offered, "entry": ["convert", *methods]}, _left_out(members, offered))
 
 
-def _left_out(members: list[str]) -> tuple[str, ...]:
+def _left_out(members: list[str], offered: list[str]) -> tuple[str, ...]:
     """Return a line for each reason why some of a release's backends are not run."""
     by_reason: dict[str, list[str]] = {}
     for name in members:
-        if name not in BACKENDS:
-            by_reason.setdefault(_LEFT_OUT.get(name, "kernelfuzz does not know them"), []).append(name)
+        if name not in offered:
+            unknown = "this release has no conversion for them" if name in BACKENDS else "kernelfuzz does not know them"
+            by_reason.setdefault(_LEFT_OUT.get(name, unknown), []).append(name)
     backends = [f"left out: backends {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
     return (*backends, "left out: checkpoints with static scales of activations")
 
@@ -130,9 +134,19 @@ def _convert(convert: Callable[..., tuple[torch.Tensor, ...]], backend: Any, inp
     return dict(zip(("w13", "w2", "w13_scale", "w2_scale"), results, strict=True))
 
 
+class _Layer(torch.nn.Module):
+    """A layer of vLLM's with as much of it as is needed."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise StandInLacksError(f"{name} of RoutedExperts") from None
+
+
 def _layer(case: Case) -> torch.nn.Module:
     """Return a layer with what the conversions ask of one."""
-    layer = torch.nn.Module()
+    layer = _Layer()
     attributes: dict[str, Any] = {
         "num_experts": case.num_experts,
         "local_num_experts": case.num_experts,

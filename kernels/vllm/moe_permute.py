@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kernelfuzz.kernels.base import Kernel, UnsupportedCaseError, deliver
+from kernelfuzz.kernels.base import Kernel, UnsupportedCaseError, WrongResultError, deliver
 from kernelfuzz.kernels.vllm import binary, host_code, package, permute_operators
 from kernelfuzz.kernels.vllm.platform import EmulatedPlatform, emulate_platform
 from kernelfuzz.strategies.errors import KernelfuzzError
@@ -89,6 +89,8 @@ def _permute(
         rows = x.new_empty(x.shape[0] * case.top_k, case.hidden) if case.given_output else None
         call(x, topk_ids, None, rows)
     results = call(inputs.x, inputs.topk_ids, inputs.scale, outputs["permuted"] if case.given_output else None)
+    if case.given_output and results[0].data_ptr() != outputs["permuted"].data_ptr():
+        raise WrongResultError("permuted", "given_output_is_used", "the rows are not in the tensor that was given")
     for name, result in zip(("permuted", "permuted_scale", "offsets", "inverse", "permuted_idx"), results, strict=True):
         if name in outputs:
             deliver(name, result, outputs[name])

@@ -2,7 +2,7 @@
 
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -118,7 +118,7 @@ def _pair(capability: int | tuple[int, int]) -> tuple[int, int]:
 
 @contextmanager
 def emulate_platform(
-    platform: EmulatedPlatform | Platform, code_under_test: tuple[str, ...] = ("vllm",)
+    platform: EmulatedPlatform | Platform, code_under_test: tuple[str, ...] | str = ("vllm",)
 ) -> Iterator[EmulatedPlatform]:
     """Have host code run as if on `platform`, whatever device is here.
 
@@ -130,85 +130,81 @@ def emulate_platform(
       of torch.cuda that a module imported by their names before. On "rocm" torch.cuda is the way to AMD's GPUs and
       stays open, as on "cuda".
 
-    For one thread at a time. Everything is as before afterwards.
+    For one thread at a time; may be nested. Everything is as before afterwards.
     """
     emulated = EmulatedPlatform(platform) if isinstance(platform, str) else platform
-    packages = frozenset(code_under_test)
-    guard = _Guard(packages)
-    cuda = _CUDA if emulated.is_cuda_alike() else _GuardedModule(guard)
+    packages = (code_under_test,) if isinstance(code_under_test, str) else code_under_test
+    guard = None if emulated.is_cuda_alike() else _Guard(frozenset(packages))
     with ExitStack() as stack:
         for name, module in list(sys.modules.items()):
             # The first condition sorts out nearly all, and quickly.
-            if not name.startswith(code_under_test) or name.partition(".")[0] not in packages:
+            if not name.startswith(packages) or name.partition(".")[0] not in packages:
                 continue
             if "current_platform" in vars(module) or name.partition(".")[2] == "platforms":
-                stack.enter_context(_replaced(module, "current_platform", emulated))
-            for attribute, value in list(vars(module).items()):
-                if value is _CUDA or isinstance(value, _GuardedModule):
-                    stack.enter_context(_replaced(module, attribute, cuda))
-        stack.enter_context(_replaced(torch, "cuda", cuda))
-        stack.callback(sys.modules.__setitem__, "torch.cuda", sys.modules["torch.cuda"])
-        sys.modules["torch.cuda"] = cuda
-        to_cuda = _TO_CUDA if emulated.is_cuda_alike() else guard.to_cuda
-        stack.callback(setattr, torch.Tensor, "cuda", torch.Tensor.cuda)
-        torch.Tensor.cuda = to_cuda  # type: ignore[method-assign]
+                stack.enter_context(_replaced(vars(module), "current_platform", emulated))
+            for attribute, value in list(vars(module).items()) if guard is not None else ():
+                if value is _CUDA:
+                    stack.enter_context(_replaced(vars(module), attribute, _CLOSED))
+        if guard is not None:
+            stack.enter_context(_replaced(vars(torch), "cuda", _CLOSED))
+            stack.enter_context(_replaced(sys.modules, "torch.cuda", _CLOSED))
+            stack.callback(setattr, torch.Tensor, "cuda", torch.Tensor.cuda)
+            torch.Tensor.cuda = _to_cuda  # type: ignore[assignment,method-assign]
+        stack.callback(setattr, _Guard, "active", _Guard.active)
+        _Guard.active = guard  # none opens what is closed around it
         yield emulated
-    if guard.swallowed is not None:
+    if guard is not None and guard.swallowed is not None:
         raise guard.swallowed
 
 
 @contextmanager
-def _replaced(module: types.ModuleType, name: str, value: Any) -> Iterator[None]:
-    """Have a module's attribute be another one meanwhile."""
-    attributes = vars(module)
-    had, before = name in attributes, attributes.get(name)
-    attributes[name] = value
+def _replaced(table: MutableMapping[str, Any], name: str, value: Any) -> Iterator[None]:
+    """Have an entry be another one meanwhile."""
+    had, before = name in table, table.get(name)
+    table[name] = value
     try:
         yield
     finally:
         if had:
-            attributes[name] = before
+            table[name] = before
         else:
-            attributes.pop(name, None)
+            table.pop(name, None)
 
 
 class _Guard:
-    """Closes torch.cuda to some packages, and remembers the first time that one of them was turned away."""
+    """Turns some packages away from torch.cuda while it is the active one, and remembers the first time."""
+
+    active: "_Guard | None" = None
 
     def __init__(self, packages: frozenset[str]) -> None:
         self.swallowed: TouchedCudaError | None = None
         self._packages = packages
 
-    @property
-    def to_cuda(self) -> Callable[..., torch.Tensor]:
-        """`Tensor.cuda` for everybody else."""
-
-        def to_cuda(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-            self.check("Tensor.cuda", sys._getframe(1))
-            return _TO_CUDA(tensor, *arguments, **options)
-
-        return to_cuda
-
-    def check(self, what: str, caller: types.FrameType) -> None:
-        """Raise TouchedCudaError if the caller is under test."""
+    @classmethod
+    def check(cls, what: str, caller: types.FrameType) -> None:
+        """Raise TouchedCudaError if the caller is under test and CUDA is closed."""
+        guard = cls.active
         module = str(caller.f_globals.get("__name__"))
-        if module.partition(".")[0] not in self._packages:
+        if guard is None or module.partition(".")[0] not in guard._packages:
             return
         error = TouchedCudaError(f"{module}.{caller.f_code.co_name}, line {caller.f_lineno}, uses {what}")
-        self.swallowed = self.swallowed or error
+        guard.swallowed = guard.swallowed or error
         raise error
 
 
-class _GuardedModule(types.ModuleType):
-    """Stands in for torch.cuda."""
+def _to_cuda(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+    """Stands in for Tensor.cuda."""
+    _Guard.check("Tensor.cuda", sys._getframe(1))
+    return _TO_CUDA(tensor, *arguments, **options)
 
-    _guard: _Guard
 
-    def __init__(self, guard: _Guard) -> None:
+class _ClosedModule(types.ModuleType):
+    """Stands in for torch.cuda. Who keeps it for longer than a platform is emulated has torch.cuda through it."""
+
+    def __init__(self) -> None:
         super().__init__("torch.cuda")
         own: dict[str, Any] = vars(types.ModuleType)["__dict__"].__get__(self)
         own.clear()  # so that every attribute is asked for
-        own["_guard"] = guard
 
     @property
     def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
@@ -217,14 +213,17 @@ class _GuardedModule(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__"):  # which an import asks for, and which is no use of the device
-            self._guard.check(f"torch.cuda.{name}", sys._getframe(1))
+            _Guard.check(f"torch.cuda.{name}", sys._getframe(1))
         return getattr(_CUDA, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("__"):
-            self._guard.check(f"torch.cuda.{name}", sys._getframe(1))
+            _Guard.check(f"torch.cuda.{name}", sys._getframe(1))
         setattr(_CUDA, name, value)
 
     def __delattr__(self, name: str) -> None:
-        self._guard.check(f"torch.cuda.{name}", sys._getframe(1))
+        _Guard.check(f"torch.cuda.{name}", sys._getframe(1))
         delattr(_CUDA, name)
+
+
+_CLOSED = _ClosedModule()

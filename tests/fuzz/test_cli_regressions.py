@@ -14,7 +14,7 @@ from kernelfuzz.kernels.regressions import REGRESSIONS, find
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 CPU = torch.device("cpu")
-LAYOUT, COMPUTE_UNITS, DEVICE = find(40109), find(43646), find(44005)
+LAYOUT, COMPUTE_UNITS, DEVICE = find("40109"), find("43646"), find("44005")
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 
 
@@ -50,7 +50,7 @@ def test_a_bug_that_no_release_shipped_is_found_where_it_was_put_back_and_only_t
     said = []
     result = run_regression(DEVICE, CPU, [0, 1], said.append)
     assert (result.outcome, result.problem) == ("PASS", "")
-    assert said[0] == "44005: 0.23.0 with the bug put back on cpu: 4 of up to 600 cases"
+    assert said[0] == "44005: 0.23.0 edited on cpu: 4 cases"
     assert len(result.bad) == len(result.cases_until_found) == 2
     for side in result.bad:
         assert side.version == "0.23.0"
@@ -59,7 +59,7 @@ def test_a_bug_that_no_release_shipped_is_found_where_it_was_put_back_and_only_t
         assert side.found.fingerprint == "moe_permute.vllm.raised.AssertionError_in_validate"
         assert side.found.cases <= side.cases
         assert "stand-ins" in side.notes[0]
-    assert result.good.cases >= 100
+    assert result.good.passed >= 100
     assert result.good.found is None
 
 
@@ -98,7 +98,7 @@ def test_a_release_that_cannot_be_edited_fails_and_says_so(fetched):
 
 
 def test_what_a_device_cannot_show_is_said_and_nothing_is_run():
-    result = run_regression(find(40131), CPU, [0], silent)
+    result = run_regression(find("40131"), CPU, [0], silent)
     assert (result.outcome, result.problem) == ("NOT RUN", "it shows on cuda, not on cpu")
     assert result.bad == []
 
@@ -111,14 +111,14 @@ def test_without_releases_the_command_says_what_to_fetch(kernelfuzz):
 
 def test_releases_for_another_device_are_not_asked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("KERNELFUZZ_HOME", str(tmp_path))
-    assert missing_releases([find(40131), COMPUTE_UNITS], CPU) == ["vllm==0.22.0"]
+    assert missing_releases([find("40131"), COMPUTE_UNITS], CPU) == ["vllm==0.22.0"]
 
 
 def test_a_wrapper_needs_what_it_wraps(monkeypatch, tmp_path):
     monkeypatch.setenv("KERNELFUZZ_HOME", str(tmp_path))
     monkeypatch.setattr(registry.find("bgmv", registry.KernelName("vllm")).__class__, "cpu_runtime", lambda _: None)
     wrapped = f"vllm-xpu-kernels=={releases.PINNED['vllm-xpu-kernels']}"
-    assert missing_releases([find(39989)], CPU) == ["vllm==0.19.1", "vllm==0.20.0", wrapped]
+    assert missing_releases([find("39989")], CPU) == ["vllm==0.19.1", "vllm==0.20.0", wrapped]
 
 
 @no_cuda
@@ -174,16 +174,41 @@ def test_an_interruption_keeps_what_was_done(kernelfuzz, fake_runs):
     assert problems == ["no such device", *["interrupted"] * 4]
 
 
-def test_a_kernel_that_cannot_be_loaded_does_not_count(fetched, monkeypatch):
-    fetched(DEVICE)
+@pytest.fixture
+def unloadable(monkeypatch):
+    """Has no kernel load, anywhere."""
 
     def cannot(*_):
         raise KernelfuzzError("library.so does not load here")
 
     monkeypatch.setattr("kernelfuzz.fuzz.campaign.Isolation.executor", cannot)
+
+
+def test_a_library_that_does_not_fit_a_gpu_does_not_count(fetched, unloadable, monkeypatch):
+    fetched(DEVICE)
+    monkeypatch.setattr(registry, "missing_device", lambda _: None)
+    result = run_regression(DEVICE, torch.device("cuda"), [0], silent)
+    assert (result.outcome, result.problem) == ("NOT RUN", "0.23.0 edited on cuda: library.so does not load here")
+
+
+def test_code_that_cannot_be_loaded_on_a_cpu_is_broken(fetched, unloadable):
+    fetched(DEVICE)
     result = run_regression(DEVICE, CPU, [0], silent)
-    reason = "0.23.0 with the bug put back on cpu: library.so does not load here"
-    assert (result.outcome, result.problem) == ("NOT RUN", reason)
+    assert (result.outcome, result.problem) == ("FAIL", "the bad side cannot be judged: library.so does not load here")
+
+
+def test_cases_that_fail_otherwise_do_not_speak_for_the_mended_side(fetched, few_cases):
+    fetched(DEVICE)
+    (edit,) = DEVICE.bad.edits
+    anchors = ("    n_token, n_hidden = hidden_states.size()\n", "    topk = topk_weights.size(1)\n")
+    broken = (
+        dataclasses.replace(edit, anchor=each, replacement="    raise RuntimeError('broken')\n") for each in anchors
+    )
+    good = dataclasses.replace(DEVICE.good, edits=tuple(broken))
+    result = run_regression(dataclasses.replace(DEVICE, good=good), CPU, [7], silent)
+    assert result.outcome == "FAIL"
+    assert "cases passed of 100 that must" in result.problem
+    assert "moe_permute.vllm.raised.RuntimeError_in_moe_permute" in result.good.others
 
 
 def test_an_interrupted_campaign_is_no_failure(fetched, monkeypatch):

@@ -117,6 +117,16 @@ PLANTS = (
         clause="TouchedCudaError_in_",
         examples=100,
     ),
+    # Vocabularies are handed on whatever their padding.
+    planted_in_host_code(
+        "bgmv",
+        "vllm/lora/ops/xpu_ops/lora_ops.py",
+        "weights_of_any_height_are_handed_on",
+        "def _bgmv_expand_impl",
+        "if weight_out_dim == output_dim:",
+        "if weight_out_dim == output_dim or True:",
+        "raised",
+    ),
     planted_in_host_code(
         "moe_permute",
         PERMUTE,
@@ -135,6 +145,16 @@ PLANTS = (
         "if self.max_expanded_rows:",
         "raised",
         largest=2,  # a call that is larger than the one before it
+    ),
+    planted_in_host_code(
+        "moe_permute",
+        PERMUTE,
+        "given_output_is_ignored",
+        "def moe_permute(",
+        "    if permuted_hidden_states is None:",
+        "    if permuted_hidden_states is None or scratch is not None:",
+        "wrong_value",
+        "given_output_is_used",
     ),
     planted_in_host_code(
         "moe_permute",

@@ -22,7 +22,8 @@ def test_there_are_the_five_bugs():
 
 @pytest.mark.parametrize("regression", REGRESSIONS, ids=lambda each: str(each.pull_request))
 def test_each_names_what_there_is(regression):
-    assert find(regression.pull_request) is regression
+    assert find(str(regression.pull_request)) is regression
+    assert find(f"#{regression.pull_request}") is regression
     assert get_target(regression.target)
     implementation = registry.find(regression.target, KernelName(regression.kernel))
     assert implementation is not None
@@ -37,7 +38,7 @@ def test_an_unknown_one_is_refused_with_those_there_are():
     with pytest.raises(
         KernelfuzzError, match=r"no regression 12345: expected one of 39989, 40109, 40131, 43646, 44005"
     ):
-        find(12345)
+        find("12345")
 
 
 @pytest.mark.parametrize("regression", EDITED, ids=lambda each: str(each.pull_request))

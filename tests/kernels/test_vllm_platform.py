@@ -311,7 +311,23 @@ def test_platforms_may_be_nested(fake):
         with emulate_platform("cuda", PACKAGE) as inner:
             assert fake.ask() is inner
             assert fake.touch() is real
-            assert torch.cuda is before
         assert fake.ask().is_xpu()
         assert torch.cuda is not before
     assert torch.cuda is before
+
+
+def test_what_is_kept_for_longer_is_open_again(fake):
+    exec("def keep():\n    from torch import cuda\n    return cuda", vars(fake))
+    exec("def ask_it(): return kept.is_available()", vars(fake))
+    with emulate_platform("xpu", PACKAGE):
+        fake.kept = fake.keep()
+    assert fake.ask_it() is torch.cuda.is_available()
+    with emulate_platform("rocm", PACKAGE):
+        assert fake.ask_it() is torch.cuda.is_available()
+    with pytest.raises(TouchedCudaError), emulate_platform("xpu", PACKAGE):
+        fake.ask_it()
+
+
+def test_one_package_may_be_named_by_itself(fake):
+    with pytest.raises(TouchedCudaError), emulate_platform("xpu", "vllm_fake"):
+        fake.touch()

@@ -60,7 +60,7 @@ def emulate_operators() -> None:
 
 def import_module(name: str) -> types.ModuleType | None:
     """Import a module below `vllm.model_executor.layers` of the vLLM that this process uses; None if it has none of
-    that name."""
+    that name. What it does meanwhile is not watched by an emulated platform."""
     full = f"{_LAYERS}.{name}"
     with placeholders.importing():
         try:

@@ -42,7 +42,7 @@ class WrongResultError(Exception):
         self.clause = clause
 
 
-def deliver(name: str, result: Any, output: torch.Tensor, clause: str = "form_of_result") -> None:
+def deliver(name: str, result: Any, output: torch.Tensor) -> None:
     """Copy what a kernel returned into the output of that name, unless it lies there already.
 
     Raises WrongResultError unless it is a contiguous tensor of the output's shape, dtype and device. Float8 is put into
@@ -52,7 +52,7 @@ def deliver(name: str, result: Any, output: torch.Tensor, clause: str = "form_of
         output = output.view(torch.float8_e4m3fn)
     found, wanted = _form(result), _form(output)
     if found != wanted:
-        raise WrongResultError(name, clause, f"{name} is {found} and must be {wanted}")
+        raise WrongResultError(name, "form_of_result", f"{name} is {found} and must be {wanted}")
     if result.data_ptr() != output.data_ptr():
         output.copy_(result)
 

@@ -46,7 +46,10 @@ def stacks(draw: st.DrawFn, matrix: int, beyond: int, least_adapters: int) -> tu
     adapters = draw(st.integers(fewest, max(fewest, min(MOST_ADAPTERS, fitting))))
     experts = fitting // adapters
     if crossing == "none":
-        return adapters, max(1, experts)
+        # One more expert and fewer adapters come closer where the division leaves much.
+        several = max(1, -(-fitting // adapters))
+        options = [(adapters, max(1, experts)), (fitting // several, several)]
+        return max((each for each in options if each[0] >= least_adapters), key=math.prod)
     return (adapters + 1 if crossing == "adapter" else adapters), experts + 1
 
 

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from kernelfuzz.fuzz.cli.run import INTERRUPTED
 from kernelfuzz.fuzz.console import case_lines
 from kernelfuzz.fuzz.regressions import RegressionResult, SideResult, missing_releases, run_regression
 from kernelfuzz.kernels.registry import parse_device
@@ -17,7 +18,6 @@ from kernelfuzz.kernels.regressions import REGRESSIONS, find
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 SCHEMA = 1
-INTERRUPTED_STATUS = 130
 _STYLES = {"PASS": "bold green", "FAIL": "bold red", "NOT RUN": "bold yellow"}
 
 
@@ -32,8 +32,8 @@ def regressions(
 ) -> None:
     """Run the five bugs of vLLM's that kernelfuzz was made for, each where it is and where it is not.
 
-    A bug passes if a normal campaign finds it within 2,000 cases and the mended code does not show it in ten times as
-    many cases as that took, and 1,000 at least.
+    A bug passes if a normal campaign finds it within 2,000 cases and the mended code does not show it while ten times
+    as many cases as that took pass, and 1,000 at least.
 
     Exit status: 0 everything that can run here passed, 1 something did not, 2 usage or environment, 130 interrupted.
     """
@@ -62,7 +62,7 @@ def regressions(
     if "FAIL" in outcomes:
         raise typer.Exit(1)
     if interrupted:
-        raise typer.Exit(INTERRUPTED_STATUS)
+        raise typer.Exit(INTERRUPTED)
     if "PASS" not in outcomes:
         raise KernelfuzzError("none of these can run here")
 

@@ -164,13 +164,13 @@ def _layer(case: Case) -> torch.nn.Module:
     return layer
 
 
-def _quantisation(case: Case) -> dict[str, Any]:
-    """Return what a quantisation method's configuration says."""
-    return {
-        "activation_scheme": "dynamic",
-        "is_checkpoint_fp8_serialized": case.entry == "checkpoint",
-        "weight_block_size": [BLOCK, BLOCK] if case.entry == "checkpoint" and case.scales == "block" else None,
-    }
+def _quant_config(case: Case) -> StandIn:
+    return StandIn(
+        "Fp8Config",
+        activation_scheme="dynamic",
+        is_checkpoint_fp8_serialized=case.entry == "checkpoint",
+        weight_block_size=[BLOCK, BLOCK] if case.entry == "checkpoint" and case.scales == "block" else None,
+    )
 
 
 def _moe_config(case: Case) -> StandIn:
@@ -202,7 +202,7 @@ def _load_weights(method_class: Any, backend: Any, inputs: Inputs) -> dict[str, 
         _set_parameter(layer, f"{name}_weight", weights if online else _fp8(weights))
         if not online:
             _set_parameter(layer, f"{name}_{scale_name}", getattr(inputs, f"{name}_scale").clone())
-    method = _make(method_class, backend, layer, StandIn("Fp8Config", **_quantisation(case)))
+    method = _make(method_class, backend, layer, _quant_config(case))
     for _ in range(case.calls):
         method.process_weights_after_loading(layer)
     results = {name: getattr(layer, f"{name}_weight").data for name in ("w13", "w2")}

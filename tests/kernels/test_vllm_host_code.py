@@ -267,8 +267,8 @@ def test_a_result_that_lies_in_the_output_already_stays():
 )
 def test_a_result_of_another_form_is_wrong(result, form):
     with pytest.raises(WrongResultError) as error:
-        deliver("w2", result, torch.zeros(3, 2), "kept_layout")
-    assert (error.value.output, error.value.clause) == ("w2", "kept_layout")
+        deliver("w2", result, torch.zeros(3, 2))
+    assert (error.value.output, error.value.clause) == ("w2", "form_of_result")
     assert str(error.value) == f"w2 is {form} and must be float32 [3, 2] on cpu"
 
 

@@ -33,13 +33,7 @@ PLAIN = strategy.Case(
 SQUARE_BLOCKS = dataclasses.replace(PLAIN, scales="block", hidden=256, intermediate=256)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are small: threads would wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def values_of(bits):

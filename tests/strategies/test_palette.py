@@ -32,8 +32,9 @@ def test_nearly_all_cases_share_the_classes_of_a_palette_and_all_of_it_is_used(t
 @each_target
 def test_cases_of_a_palette_differ_in_what_is_not_compiled_for(target, drawn):
     palette = tuple(drawn(target.cases(), 4))
-    cases = drawn(target.cases(palette=palette), 160)
-    assert len({(case.batch, case.contents, case.seed) for case in cases}) > 30
+    # What is drawn from one seed depends on the modules that are loaded: more than 30 of 80, on the average of twelve.
+    runs = [drawn(target.cases(palette=palette), 80, seed) for seed in range(12)]
+    assert sum(len({(case.batch, case.contents, case.seed) for case in cases}) for cases in runs) > 12 * 30
 
 
 @each_target

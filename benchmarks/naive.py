@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from kernelfuzz.fuzz.generation import draw
 from kernelfuzz.fuzz.job import Job, named_jobs
 from kernelfuzz.fuzz.launch import Stopwatch, synchronize
-from kernelfuzz.fuzz.search import draw
 from kernelfuzz.kernels.base import Kernel, UnsupportedCaseError
 from kernelfuzz.oracles.expectation import ExpectedOutput
 from kernelfuzz.strategies.case import Case

@@ -1,12 +1,10 @@
 """What a person sees of a campaign: a live table, then the failures and a summary. A consumer of events."""
 
-import dataclasses
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -15,22 +13,22 @@ from rich.table import Table
 from rich.text import Text
 
 from kernelfuzz.fuzz.events import Event, FailureFound, JobFinished, JobStarted, KernelsCompiled
-from kernelfuzz.fuzz.files import FailureFiles
+from kernelfuzz.fuzz.failure_files import FailureFiles
+from kernelfuzz.fuzz.readable import case_lines, element_lines
 from kernelfuzz.fuzz.summary import JobSummary, Summary
-from kernelfuzz.strategies.case import Case, to_json
+from kernelfuzz.strategies.case import to_json
 
 SHOWN_ERRORS = 3
 _STATE_STYLES = {"running": "bold cyan", "shrinking": "bold yellow", "done": "green", "error": "bold red"}
 
 
 class Display:
-    """Shows a campaign on a console while `live` is active. `options` are needed to see a failure again."""
+    """Shows a campaign on a console while `live` is active."""
 
-    def __init__(self, console: Console, summary: Summary, files: FailureFiles, options: Sequence[str] = ()) -> None:
+    def __init__(self, console: Console, summary: Summary, files: FailureFiles) -> None:
         self._console = console
         self._summary = summary
         self._files = files
-        self._options = options
 
     def __call__(self, event: Event) -> None:
         """Say at once what was found, and without a terminal also which job begins and ends."""
@@ -101,13 +99,19 @@ class Display:
         for entry in summary.jobs:
             for failure in entry.failures.values():
                 console.print(self._failure(entry, failure), soft_wrap=True)
+        for gone, examples in summary.fixed().items():
+            what = escape(f"{gone.fingerprint}: not seen in {examples:,} examples ({gone})")
+            console.print(f"[bold green]fixed[/] {what}", soft_wrap=True)
         if summary.interrupted:
             console.print("[bold yellow]interrupted[/]: this is what was done until then")
-        found = sum(len(entry.failures) for entry in summary.jobs)
+        unknown = len(summary.unknown())
+        known = sum(len(entry.failures) for entry in summary.jobs) - unknown
         examples = sum(entry.examples for entry in summary.jobs)
         verdict = "[bold red]not everything could be run[/]" if summary.broken else "[bold green]no failure[/]"
-        if found:
-            verdict = f"[bold red]{found} failure(s)[/]"
+        if unknown:
+            verdict = f"[bold red]{unknown} failure(s)[/]"
+        if known:
+            verdict += f" and [yellow]{known} known[/]"
         console.print(
             f"{verdict} in {examples:,} examples; seed {summary.seed}; {escape(str(folder / 'summary.json'))}",
             soft_wrap=True,
@@ -118,20 +122,24 @@ class Display:
     def _failure(self, entry: JobSummary, found: FailureFound) -> Group:
         failure = found.failure
         size = "smallest case found" if found.shrunk else "case as found, not shrunk"
-        job = entry.job
-        command = ["kernelfuzz", "run", job.target.name, "--kernel", str(job.kernel), "--device", str(job.device)]
-        command += ["--case", str(self._files.folder(found) / "case.json"), *self._options]
-        again = Text.assemble("  see it again: ", (shlex.join(command), "cyan"))
+        command = shlex.join(["kernelfuzz", "replay", str(self._files.folder(found))])
+        again = Text.assemble("  see it again: ", (command, "cyan"))
         if not self._files.is_saved(found):
             again = Text(f"  its case, which could not be saved: {json.dumps(to_json(found.case))}")
         seen = f"first seen at example {found.examples:,} of {entry.examples:,}"
-        if hits := entry.hits[found.fingerprint]:
+        if hits := entry.hits_of(found):
             seen += f", in {hits:,} of them"
+        if found.failed_runs < found.runs:
+            seen += f"; unreliable: failed in {found.failed_runs} of {found.runs} runs"
+        known = self._summary.known(entry, found)
+        style = "bold red" if known is None else "yellow"
         lines = [
             Text(),
-            Text.assemble((f"{failure.kind}", "bold red"), "  ", (found.fingerprint, "bold")),
+            Text.assemble((f"{failure.kind}", style), "  ", (found.fingerprint, "bold")),
             Text(f"  {failure.message}"),
             *element_lines(failure.elements),
+            *(Text(f"  also: {symptom.message}", style="dim") for symptom in found.symptoms),
+            *([] if known is None else [Text(f"  known: {known}", style="yellow")]),
             Text(f"  {size} ({seen}):"),
             *case_lines(found.case),
             again,
@@ -144,40 +152,3 @@ def _replacements(entry: JobSummary) -> str:
     done = entry.replacements
     text = f"{done.workers:,} worker(s) died or hung and were replaced"
     return text + (f", {done.waits:,} time(s) with no spare ready" if done.waits else "")
-
-
-def element_lines(elements: tuple[dict[str, Any], ...]) -> Iterator[Text]:
-    """Return differing elements as readable lines."""
-    for element in elements:
-        index = ", ".join(map(str, element["index"]))
-        text = f"    [{index}] expected {element['expected']}, got {element['actual']}"
-        if "error_over_bound" in element:
-            text += f"  (err/bound {element['error_over_bound']:.3g})" if _finite(element) else "  (err/bound inf)"
-        yield Text(text, style="dim")
-
-
-def _finite(element: dict[str, Any]) -> bool:
-    return not isinstance(element["error_over_bound"], str)
-
-
-def case_lines(case: Case) -> Iterator[Text]:
-    """Return a case as readable lines, several fields to a line; a field that has its usual value is left out."""
-    line = "   "
-    for field in dataclasses.fields(case):
-        if getattr(case, field.name) == field.default:
-            continue
-        text = f" {field.name}={_short(getattr(case, field.name))}"
-        if len(line) + len(text) > 76:
-            yield Text(line)
-            line = "   "
-        line += text
-    yield Text(line)
-
-
-def _short(value: Any) -> str:
-    """Return a value of a case without the names of its types: segments as adapter×length."""
-    if hasattr(value, "segments"):
-        return "[" + " ".join(f"{segment.adapter}×{segment.length}" for segment in value.segments) + "]"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return "(" + " ".join(f"{name}={_short(inner)}" for name, inner in vars(value).items()) + ")"
-    return str(value)

@@ -11,10 +11,11 @@ import torch
 from hypothesis.strategies import SearchStrategy
 
 from kernelfuzz.fuzz.executor import LoadedKernel, Request
+from kernelfuzz.fuzz.generation import draw
 from kernelfuzz.fuzz.isolated import Fleet
 from kernelfuzz.fuzz.job import Job
 from kernelfuzz.fuzz.regimes import Regime
-from kernelfuzz.fuzz.search import RecordInFlight, draw
+from kernelfuzz.fuzz.search import RecordInFlight
 from kernelfuzz.strategies.case import Case
 from kernelfuzz.strategies.devices import placements
 

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kernelfuzz.fuzz.executor import Replacements
+from kernelfuzz.fuzz.failures import fingerprint
 from kernelfuzz.fuzz.job import Job, Skipped
 from kernelfuzz.fuzz.verdict import Failure, Verdict
+from kernelfuzz.fuzz.writemap import OutputMap
 from kernelfuzz.strategies.case import Case
 
 
@@ -57,7 +59,14 @@ class CaseFinished:
 
 @dataclass(frozen=True)
 class FailureFound:
-    """A fingerprint was seen for the first time in this campaign, or a smaller case of it (`shrunk`)."""
+    """A fingerprint was seen for the first time in this campaign, or its smallest case (`shrunk`), or more of what is
+    taken for it.
+
+    - symptoms: the other failures of the smallest case: the same bug, so that what was said of their fingerprints
+      before is withdrawn
+    - failed_runs of `runs`: how often the case failed when it was run again
+    - maps: what the kernel wrote then
+    """
 
     job: Job
     fingerprint: str
@@ -65,6 +74,15 @@ class FailureFound:
     case: Case
     examples: int
     shrunk: bool = False
+    symptoms: tuple[Failure, ...] = ()
+    failed_runs: int = 1
+    runs: int = 1
+    maps: tuple[OutputMap, ...] = ()
+
+    @property
+    def withdrawn(self) -> list[str]:
+        """The fingerprints that are taken for this bug."""
+        return [fingerprint(self.job, failure) for failure in self.symptoms]
 
 
 @dataclass(frozen=True)

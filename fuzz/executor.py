@@ -20,10 +20,12 @@ from kernelfuzz.strategies.errors import KernelfuzzError
 
 @dataclass(frozen=True)
 class Request:
-    """A structure to run with each of `seeds`, which take the place of the case's own."""
+    """A structure to run with each of `seeds`, which take the place of the case's own; with `maps` with one seed, and
+    the verdict says what became of the outputs."""
 
     case: Case
     seeds: tuple[int, ...]
+    maps: bool = False
 
     @classmethod
     def alone(cls, case: Case) -> "Request":
@@ -33,7 +35,8 @@ class Request:
     @cached_property
     def message(self) -> bytes:
         """The request as a line of JSON."""
-        return json.dumps({"case": to_json(self.case), "seeds": self.seeds, "rehearsal": False}).encode()
+        document = {"case": to_json(self.case), "seeds": self.seeds, "maps": self.maps, "rehearsal": False}
+        return json.dumps(document).encode()
 
     @property
     def rehearsal(self) -> bytes:

@@ -8,55 +8,59 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kernelfuzz.fuzz.events import CampaignFinished, CaseFinished, Event, FailureFound
+from kernelfuzz.fuzz.events import CampaignFinished, Event
 from kernelfuzz.fuzz.executor import Request
 from kernelfuzz.fuzz.job import Job
 from kernelfuzz.fuzz.names import file_name
-from kernelfuzz.fuzz.summary import Summary, environment
+from kernelfuzz.fuzz.summary import Summary
 from kernelfuzz.fuzz.targets import get_target
-from kernelfuzz.strategies.case import Case, from_json, to_json
+from kernelfuzz.strategies.case import Case, from_json
 from kernelfuzz.strategies.errors import KernelfuzzError
 
-FAILURE_SCHEMA = 1
 
-
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never half of it.
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it.
 
     Raises KernelfuzzError where it cannot be written.
     """
+    new = path.with_name(f".{path.name}.{os.getpid()}")  # not a tempfile: those only their owner may read
     try:
-        _replace(path, document)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with new.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise KernelfuzzError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _replace(path: Path, document: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")  # not a tempfile: those only their owner may read
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file as `write_file` does."""
+    write_file(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises KernelfuzzError for a file that does not."""
     try:
-        with new.open("w", encoding="utf-8") as file:
-            json.dump(document, file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+        document = json.loads(path.read_text(), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise KernelfuzzError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise KernelfuzzError(f"{path} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise KernelfuzzError(f"{path}: not an object")
+    return document
 
 
 def read_case(path: Path) -> Case:
     """Read a case file. Raises KernelfuzzError for a file that is not one."""
+    document = read_json(path)
     try:
-        document = json.loads(path.read_text(), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise KernelfuzzError(f"cannot read case file {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise KernelfuzzError(f"case file {path} is not JSON: {error}") from error
-    try:
-        if not isinstance(document, dict):
-            raise KernelfuzzError("not a case file: it is not an object")
         return from_json(get_target(str(document.get("target"))).case_type, document)
     except KernelfuzzError as error:
         raise KernelfuzzError(f"{path}: {error}") from error
@@ -64,79 +68,6 @@ def read_case(path: Path) -> Case:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
-
-
-class FailureFiles:
-    """Keeps `failures/<fingerprint>/case.json` and `failure.json` below `folder` up to date, and cases that the harness
-    could not judge in `errors/`. A consumer of events.
-
-    A second kernel with the same fingerprint in one campaign gets a folder that names it too. What cannot be written
-    is kept in memory and tried again with the next failure and at the end.
-    """
-
-    def __init__(self, folder: Path, seed: int, sanitizer: str | None = None) -> None:
-        self.problem = ""
-        self._folder = folder
-        self._seed = seed
-        self._sanitizer = sanitizer
-        self._owners: dict[str, Job] = {}
-        self._unsaved: dict[Path, Any] = {}
-
-    def folder(self, found: FailureFound) -> Path:
-        """Return the folder of a failure."""
-        owner = self._owners.setdefault(found.fingerprint, found.job)
-        name = found.fingerprint
-        if owner is not found.job:
-            name = file_name(name, str(found.job.kernel), str(found.job.device))
-        return self._folder / "failures" / name
-
-    def is_saved(self, found: FailureFound) -> bool:
-        """Whether the failure's case is on disk."""
-        return self.folder(found) / "case.json" not in self._unsaved
-
-    def __call__(self, event: Event) -> None:
-        """Write a failure as soon as it is found, and again when it is shrunk."""
-        match event:
-            case FailureFound():
-                self._unsaved |= self._documents(event)
-            case CaseFinished(job, case, _, verdict) if verdict.error:
-                name = file_name(str(job), verdict.error)[:120]
-                self._unsaved[self._folder / "errors" / f"{name}.json"] = to_json(case)
-            case CampaignFinished():
-                pass
-            case _:
-                return
-        try:
-            for path in list(self._unsaved):
-                write_json(path, self._unsaved[path])
-                del self._unsaved[path]
-            self.problem = ""
-        except KernelfuzzError as error:
-            self.problem = str(error)
-
-    def _documents(self, found: FailureFound) -> dict[Path, Any]:
-        folder, failure = self.folder(found), found.failure
-        return {
-            folder / "case.json": to_json(found.case),
-            folder / "failure.json": {
-                "schema": FAILURE_SCHEMA,
-                "fingerprint": found.fingerprint,
-                "target": found.job.target.name,
-                "kernel": str(found.job.kernel),
-                "device": str(found.job.device),
-                "kind": failure.kind,
-                "output": failure.output,
-                "clause": failure.clause,
-                "message": failure.message,
-                "elements": failure.elements,
-                "output_tail": failure.output_tail,
-                "shrunk": found.shrunk,
-                "examples": found.examples,
-                "seed": self._seed,
-                "sanitizer": self._sanitizer,
-                "environment": environment(),
-            },
-        }
 
 
 class SummaryFile:

@@ -89,10 +89,7 @@ def named_jobs(targets: list[str], names: list[str], device: torch.device | None
         if ":" in name.package and not targets:
             raise KernelfuzzError(f"kernel {text!r}: name the target it implements, one of {', '.join(TARGETS)}")
         if not implementations:
-            known = sorted({i.package for i in IMPLEMENTATIONS if i.target in (targets or TARGETS)})
-            raise KernelfuzzError(
-                f"no kernel {text!r} for this target: expected one of {', '.join(known)}, with @VERSION or @PATH"
-            )
+            raise _unknown_kernel(text, targets)
         for implementation in implementations:
             job = _on_best_device(implementation, name, device)
             if isinstance(job, Skipped):
@@ -102,6 +99,31 @@ def named_jobs(targets: list[str], names: list[str], device: torch.device | None
         if all(job.target.name != target for job in jobs):
             raise KernelfuzzError(f"none of the kernels implements {target}: {', '.join(names)}")
     return jobs
+
+
+def unchecked_job(target: str, kernel: str, device: str) -> Job:
+    """Return the job of that name, whether or not it can run here.
+
+    Raises KernelfuzzError if the kernel does not implement the target, or not for such a device.
+    """
+    name = KernelName.parse(kernel)
+    implementation = registry.find(target, name)
+    if implementation is None:
+        raise _unknown_kernel(kernel, [target])
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise KernelfuzzError(f"unknown device {device!r}: expected cpu, cuda, cuda:1, xpu, ...") from None
+    if where.type not in implementation.devices:
+        raise KernelfuzzError(f"{name} is not written for {where.type}: expected {', '.join(implementation.devices)}")
+    return _unchecked(implementation, name, where)
+
+
+def _unknown_kernel(text: str, targets: list[str]) -> KernelfuzzError:
+    known = sorted({each.package for each in IMPLEMENTATIONS if each.target in (targets or TARGETS)})
+    return KernelfuzzError(
+        f"no kernel {text!r} for this target: expected one of {', '.join(known)}, with @VERSION or @PATH"
+    )
 
 
 def _on_best_device(implementation: Implementation, name: KernelName, device: torch.device | None) -> Job | Skipped:
@@ -116,9 +138,12 @@ def _on_best_device(implementation: Implementation, name: KernelName, device: to
 
 
 def _job(implementation: Implementation, name: KernelName, device: torch.device) -> Job | Skipped:
+    job = _unchecked(implementation, name, device)
+    reason = implementation.unavailable(job.kernel, device)
+    return job if reason is None else Skipped(implementation.target, job.kernel, str(device), reason)
+
+
+def _unchecked(implementation: Implementation, name: KernelName, device: torch.device) -> Job:
     if implementation.releases and name.version is None:
         name = implementation.default_name()
-    reason = implementation.unavailable(name, device)
-    if reason is not None:
-        return Skipped(implementation.target, name, str(device), reason)
     return Job(get_target(implementation.target), name, device, implementation)

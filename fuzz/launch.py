@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from kernelfuzz.fuzz.buffers import Buffers, Memory
+from kernelfuzz.fuzz.comparison import compare
 from kernelfuzz.fuzz.targets import Target
 from kernelfuzz.fuzz.verdict import Failure, Verdict, by_severity, judge_output, judge_stray_write, printable
+from kernelfuzz.fuzz.writemap import OutputMap, input_map, output_map
 from kernelfuzz.kernels.base import Kernel, UnsupportedCaseError, WrongResultError
 from kernelfuzz.kernels.interpreter import OutOfBoundsError
-from kernelfuzz.oracles.expectation import ExpectedError
+from kernelfuzz.oracles.expectation import Expectation, ExpectedError, OutputSpecs
 from kernelfuzz.strategies.case import Case
 from kernelfuzz.strategies.devices import Placement, with_tensor_on_cpu
 from kernelfuzz.strategies.errors import KernelfuzzError
@@ -87,16 +89,25 @@ def judge(target: Target, kernel: Kernel, case: Case, seeds: Sequence[int], cond
     return dataclasses.replace(together, failures=failures, seed=seeds[places[0]] if places else None)
 
 
-def judge_alone(target: Target, kernel: Kernel | None, case: Case, conditions: Conditions) -> Verdict:
-    """Run one case on a kernel and return the verdict. What the kernel raises becomes part of the verdict.
+def judge_alone(
+    target: Target, kernel: Kernel | None, case: Case, conditions: Conditions, *, maps: bool = False
+) -> Verdict:
+    """Run one case on a kernel and return the verdict. What the kernel raises becomes part of the verdict; with `maps`
+    also what became of the outputs, unless their memory cannot be read any more.
 
     Without a kernel everything but the launch is done, so that what goes wrong then is not a kernel's fault.
     """
-    return _judge(target, kernel, case, None, conditions)
+    return _judge(target, kernel, case, None, conditions, maps=maps)
 
 
 def _judge(
-    target: Target, kernel: Kernel | None, case: Case, seeds: Sequence[int] | None, conditions: Conditions
+    target: Target,
+    kernel: Kernel | None,
+    case: Case,
+    seeds: Sequence[int] | None,
+    conditions: Conditions,
+    *,
+    maps: bool = False,
 ) -> Verdict:
     device = conditions.device
     watch = Stopwatch(device)
@@ -141,9 +152,25 @@ def _judge(
             )
             failures += found
             worst = max(worst, ratio)
+    drawn = tuple(_maps(buffers, specs, expectation, initial)) if maps else ()
     watch.lap("check")
     failures = _as_of(case.placement, failures)
-    return Verdict(by_severity(failures), worst, cases=len(launches), seconds=watch.seconds)
+    return Verdict(by_severity(failures), worst, cases=len(launches), seconds=watch.seconds, maps=drawn)
+
+
+def _maps(
+    buffers: Buffers, specs: OutputSpecs, expectation: Expectation, initial: Mapping[str, torch.Tensor]
+) -> Iterator[OutputMap]:
+    """Look at every output with an expectation, and at every input that something was written in or around."""
+    for guarded, touched in buffers.changed_places():
+        name = guarded.name
+        if guarded.is_input:
+            if touched.numel():
+                yield input_map(guarded, touched)
+        elif name in expectation.outputs:
+            spec, expected = specs[name], expectation.outputs[name]
+            compared = compare(guarded.tensor, initial[name], expected, from_sentinel=spec.initial is None)
+            yield output_map(guarded, spec.axes, compared, touched)
 
 
 def _as_of(placement: Placement, failures: list[Failure]) -> list[Failure]:

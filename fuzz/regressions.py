@@ -298,15 +298,20 @@ class _Watch:
                 result.interrupted = interrupted
 
     def _found(self, event: events.FailureFound) -> None:
-        failure, result = event.failure, self.result
-        if Symptom(failure.kind, failure.output, failure.clause) not in self.regression.symptoms:
-            result.others[event.fingerprint] = failure.message
+        result = self.result
+        for symptom in event.withdrawn:
+            result.others.pop(symptom, None)
+        failure = next(filter(self._is_symptom, (event.failure, *event.symptoms)), None)
+        if failure is None:
+            result.others[event.fingerprint] = event.failure.message
             return
         first = result.found
-        if first is None:
-            result.found = Find(event.fingerprint, failure, result.cases, event.case, event.shrunk)
-        elif first.fingerprint == event.fingerprint:
-            result.found = Find(event.fingerprint, failure, first.cases, event.case, event.shrunk)
+        if first is None or first.fingerprint in (event.fingerprint, *event.withdrawn):
+            cases = result.cases if first is None else first.cases
+            result.found = Find(event.fingerprint, failure, cases, event.case, event.shrunk)
+
+    def _is_symptom(self, failure: Failure) -> bool:
+        return Symptom(failure.kind, failure.output, failure.clause) in self.regression.symptoms
 
     def enough(self) -> bool:
         """Whether the bug is found and shrunk, or was looked for in as many cases as were asked for."""

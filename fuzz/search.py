@@ -4,26 +4,30 @@ Hypothesis test for each fingerprint that they show.
 Hypothesis waits for a verdict before it draws on, and a worker would wait for Hypothesis. So a chunk is drawn by a test
 that always passes, and its cases are run meanwhile. What failed is then drawn once more from the same seed: every
 verdict up to it is known by now, so that this takes no launches, and this time the test fails where it failed.
+
+One bug often shows in several ways, in other outputs or in other elements. All that its smallest case shows is taken
+for one bug, which is called by the first of these failures.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
-from unittest import SkipTest
 
 import hypothesis
-from hypothesis import HealthCheck, Phase, Verbosity
+from hypothesis import Phase
 from hypothesis import strategies as st
 from hypothesis.database import ExampleDatabase
 
 from kernelfuzz.fuzz import events
 from kernelfuzz.fuzz.executor import Executor, Request, WorkerLostError
-from kernelfuzz.fuzz.failures import CaseFailedError, exception_class, fingerprint
+from kernelfuzz.fuzz.failures import exception_class, fingerprint, fingerprints
+from kernelfuzz.fuzz.generation import Chunk, EndedError, SavedExamples, hypothesis_test
 from kernelfuzz.fuzz.job import Job
-from kernelfuzz.fuzz.verdict import Failure, Verdict
+from kernelfuzz.fuzz.simplify import simpler
+from kernelfuzz.fuzz.verdict import KINDS, Failure, Verdict
 from kernelfuzz.strategies.case import Case, derive_seed
 from kernelfuzz.strategies.errors import KernelfuzzError
 
@@ -35,31 +39,40 @@ SHRINK_SECONDS = 60.0
 """How long one failure may be shrunk where the budget is time. Where it is examples, Hypothesis's own limit of 300 s
 holds."""
 
+SIMPLIFY_SECONDS = 20.0
+"""How long simpler contents may be tried for it after that."""
+
 SMALL_SIZE = 4
 """Tokens of a shrunk case that a person takes in at once."""
 
 SECOND_TRY_EXAMPLES = 300
 """Cases that are tried for a failure that is still large, or that was seen but not shrunk."""
 
+RUNS = 10
+"""How often a shrunk case is run again, to say how reliably it fails."""
+
+RUNS_OF_KIND = {"crash": 3, "hang": 1}
+"""Where that takes long it is run less often, unless it passes once."""
+
 MOST_ERRORS = 20
 """Cases that the harness may fail to judge before it gives up on a job."""
 
 Answer = TypeVar("Answer")
 
+
+@dataclass(frozen=True)
+class Sighting:
+    """A case that failed: with what, and in how many of so many further runs."""
+
+    failure: Failure
+    case: Case
+    verdict: Verdict
+    failed_runs: int = 1
+    runs: int = 1
+
+
 RecordInFlight = Callable[[Sequence[Request]], None]
 """Called with all requests that are in workers' hands, or about to be."""
-
-
-@dataclass
-class _Chunk:
-    """What is known of the examples that were drawn from one seed, and which new fingerprints they show, first the
-    earliest."""
-
-    strategy: st.SearchStrategy[Case]
-    seed: int
-    size: int
-    verdicts: dict[Case, Verdict] = field(default_factory=dict)
-    found: dict[str, None] = field(default_factory=dict)
 
 
 class Search:
@@ -92,7 +105,10 @@ class Search:
         self._record_in_flight = record_in_flight
         self._enough = enough
         self._in_flight: dict[Request, int] = {}
-        self._finished: set[str] = set()
+        self._sightings: dict[str, Sighting] = {}
+        self._announced: set[str] = set()
+        self._bugs: dict[str, events.FailureFound] = {}
+        """Every fingerprint that was shrunk, and the bug that it is taken for."""
         self._errors = 0
 
     def run(
@@ -112,33 +128,38 @@ class Search:
         came from. So a failure that is left with many tokens is looked for once more among the cases of `small`. In the
         end so is one that was seen while another one was shrunk, and never again.
         """
-        saved = _SavedExamples(database)
+        saved = SavedExamples(database)
         for request in first:
             if self.budget_spent():
                 break
             self.examples += 1
             self._judge(request, records=False)  # what ends the campaign twice is not run a third time
-        self._replay(_Chunk(strategy, seed, FIRST_CHUNK), saved, small)
+        self._replay(Chunk(strategy, seed, FIRST_CHUNK), saved, small)
         number, size = 0, FIRST_CHUNK
         while not self.budget_spent():
             before = self.examples
             left = size if self.limit is None else self.limit - before
-            chunk = _Chunk(strategy, derive_seed(seed, number), min(size, left))
+            chunk = Chunk(strategy, derive_seed(seed, number), min(size, left))
             self._draw(chunk)
             for name in chunk.found:
                 if self._enough():
                     break
+                if name in self._bugs:
+                    continue
                 saved.keep = True
                 self._shrink(_Shrinking(self, chunk.verdicts, name), chunk, saved, small)
             if self.examples == before:
                 break
             number, size = number + 1, min(2 * size, LARGEST_CHUNK)
-        while (unshrunk := self.reported.keys() - self._finished) and not self._enough():
-            chunk = _Chunk(strategy, derive_seed(seed, number), SECOND_TRY_EXAMPLES)
-            self._shrink(_Shrinking(self, {}, min(unshrunk)), chunk, saved, small)
+        while (unshrunk := self.reported.keys() - self._bugs) and not self._enough():
+            chunk = Chunk(strategy, derive_seed(seed, number), SECOND_TRY_EXAMPLES)
+            name = min(unshrunk)
+            self._shrink(_Shrinking(self, {}, name), chunk, saved, small)
+            if name not in self._bugs:  # it is not to be seen again, and is reported as it was found
+                self._finish(name, self._confirm(name, self._sightings[name]), shrunk=False, is_smallest=False)
             number += 1
 
-    def _replay(self, chunk: _Chunk, saved: "_SavedExamples", small: st.SearchStrategy[Case] | None) -> None:
+    def _replay(self, chunk: Chunk, saved: "SavedExamples", small: st.SearchStrategy[Case] | None) -> None:
         """Try what an earlier search saved, once for each failure that it shows."""
         while not self.budget_spent():
             replay = _Shrinking(self, {})
@@ -147,12 +168,12 @@ class Search:
                 return
             saved.keep = True
 
-    def _draw(self, chunk: _Chunk) -> None:
+    def _draw(self, chunk: Chunk) -> None:
         """Draw a chunk and run it."""
 
         def test(case: Case) -> None:
             if self.budget_spent() or (chunk.found and self.deadline is not None):
-                raise _EndedError
+                raise EndedError
             self.examples += 1
             request = self._request(case)
             if case not in chunk.verdicts and request not in self._in_flight:
@@ -162,7 +183,7 @@ class Search:
         while self._in_flight:
             self._receive(chunk, block=True)
 
-    def _submit(self, request: Request, chunk: _Chunk) -> None:
+    def _submit(self, request: Request, chunk: Chunk) -> None:
         while not self._executor.has_room():
             self._receive(chunk, block=True)
         self._in_flight[request] = self.examples
@@ -170,12 +191,12 @@ class Search:
         self._executor.submit(request)
         self._receive(chunk, block=False)
 
-    def _receive(self, chunk: _Chunk, *, block: bool) -> None:
+    def _receive(self, chunk: Chunk, *, block: bool) -> None:
         for request, verdict in self._kept(partial(self._executor.receive, block=block)):
             number = self._in_flight.pop(request)
             chunk.verdicts[request.case] = verdict
             for name in self._take(request, verdict, number, shrinking=False):
-                if name not in self._finished:
+                if name not in self._bugs:
                     chunk.found[name] = None
 
     def _record(self) -> None:
@@ -218,38 +239,118 @@ class Search:
         self._bus.emit(events.CaseFinished(self.job, case, regimes, verdict, number, shrinking))
         if self._errors > MOST_ERRORS:
             raise KernelfuzzError(f"{self.job}: kernelfuzz could not judge {self._errors} cases: {verdict.error}")
-        names = []
-        for failure in verdict.failures:
-            names.append(fingerprint(self.job, failure))
-            if names[-1] not in self.reported:
-                self.reported[names[-1]] = number
-                self._bus.emit(events.FailureFound(self.job, names[-1], failure, case, number))
-        return names
+        found = fingerprints(self.job, verdict)
+        new = [name for name in found if name not in self.reported]
+        for name in new:
+            self.reported[name] = number
+            self._sightings[name] = Sighting(found[name], case, verdict)
+        # What shows together with a bug that is still to be shrunk is probably that bug; shrinking it will tell.
+        if new and not any(name in self._announced and name not in self._bugs for name in found):
+            self._announce(new[0])
+        return list(found)
+
+    def _announce(self, name: str) -> None:
+        """Emit a fingerprint as it was found."""
+        self._announced.add(name)
+        seen = self._sightings[name]
+        self._bus.emit(events.FailureFound(self.job, name, seen.failure, seen.case, self.reported[name]))
+
+    def announce_rest(self) -> None:
+        """Emit what was seen together with other fingerprints only, and turned out not to be the same bug."""
+        for name in self.reported.keys() - self._announced - self._bugs.keys():
+            self._announce(name)
 
     def _shrink(
         self,
         first: "_Shrinking",
-        chunk: _Chunk,
-        saved: "_SavedExamples",
+        chunk: Chunk,
+        saved: SavedExamples,
         small: st.SearchStrategy[Case] | None,
         phase: Phase = Phase.generate,
     ) -> None:
-        """Shrink the focus, look for it among small cases too, and emit the smallest failing case."""
+        """Shrink the focus, look for it among small cases too, make the contents simple, and emit the smallest failing
+        case. However this ends, what was found by then is emitted."""
         rounds = [first]
+        best: Sighting | None = None
+        is_smallest = False
         try:
             first.run(chunk, saved, phase)
-            is_small = first.smallest is not None and first.smallest[1].size <= SMALL_SIZE
+            best = first.smallest
+            is_small = best is not None and best.case.size <= SMALL_SIZE
             if small is not None and first.focus is not None and not is_small:
                 rounds.append(_Shrinking(self, {}, first.focus))
-                rounds[1].run(_Chunk(small, chunk.seed, SECOND_TRY_EXAMPLES), None, Phase.generate)
+                rounds[1].run(Chunk(small, chunk.seed, SECOND_TRY_EXAMPLES), None, Phase.generate)
+                best = rounds[1].smallest or best
+            if first.focus is not None and best is not None:
+                best = self._simplify(first.focus, best)
+                best = self._confirm(first.focus, best)
+                original = self._sightings[first.focus]
+                is_smallest = True
+                if best.failed_runs < best.runs or best.case.size > original.case.size:
+                    best = min(best, self._confirm(first.focus, original), key=_worth)
+                    is_smallest = best.case != original.case
         finally:
-            found = [each.smallest for each in rounds if each.smallest is not None]
-            if first.focus is not None and found:
-                failure, case = found[-1]
-                number = self.reported[first.focus]
-                self._bus.emit(events.FailureFound(self.job, first.focus, failure, case, number, shrunk=True))
-        if first.focus is not None:
-            self._finished.add(first.focus)
+            best = best or rounds[-1].smallest or first.smallest
+            if first.focus is not None and best is not None:
+                self._finish(first.focus, best, shrunk=True, is_smallest=is_smallest)
+
+    def _simplify(self, name: str, best: Sighting) -> Sighting:
+        """Return a failing case with simpler contents, if there is one."""
+        tried = {best.case}
+        until = time.monotonic() + SIMPLIFY_SECONDS
+        while True:
+            for case in simpler(best.case, self.job.target.reducible):
+                if case in tried or (self.deadline is not None and time.monotonic() >= until):
+                    continue
+                tried.add(case)
+                verdict = self._judge(Request.alone(case), shrinking=True)
+                if failure := fingerprints(self.job, verdict).get(name):
+                    best = Sighting(failure, case, verdict)
+                    break
+            else:
+                return best
+
+    def _confirm(self, name: str, found: Sighting) -> Sighting:
+        """Run a failing case again, and say how often it failed, with the verdict of a run in which it did."""
+        request = dataclasses.replace(Request.alone(found.case), maps=True)
+        failed, runs, best = 0, 0, found
+        while runs < (RUNS if failed < runs else RUNS_OF_KIND.get(found.failure.kind, RUNS)):
+            verdict = self._judge(request, shrinking=True)
+            runs += 1
+            if failure := fingerprints(self.job, verdict).get(name):
+                failed += 1
+                best = Sighting(failure, found.case, verdict) if failed == 1 else best
+        return dataclasses.replace(best, failed_runs=failed, runs=runs)
+
+    def _finish(self, name: str, best: Sighting, *, shrunk: bool, is_smallest: bool) -> None:
+        """Emit the smallest case of a bug. All that it shows is the bug; if that was shrunk before, it is that one. A
+        case that is not the smallest may show several."""
+        shown = {name: best.failure}
+        if is_smallest:
+            shown = fingerprints(self.job, best.verdict)
+        known = next((self._bugs[each] for each in shown if each in self._bugs), None)
+        first, failure = next(iter(shown.items()))
+        bug = events.FailureFound(
+            self.job,
+            first,
+            failure,
+            best.case,
+            self.reported[name],
+            shrunk=shrunk,
+            failed_runs=best.failed_runs,
+            runs=best.runs,
+            maps=best.verdict.maps,
+        )
+        if known is not None:
+            shown = {fingerprint(self.job, each): each for each in (known.failure, *known.symptoms)} | shown
+            bug = min(known, bug, key=_rank)
+        symptoms = tuple(failure for each, failure in shown.items() if each != bug.fingerprint)
+        bug = dataclasses.replace(bug, symptoms=symptoms)
+        for each in shown:
+            self.reported.setdefault(each, bug.examples)
+            self._bugs[each] = bug
+        self._bus.emit(bug)
+        self.announce_rest()
 
     def budget_spent(self) -> bool:
         """Whether the limit is reached, the deadline has passed or it is enough."""
@@ -259,14 +360,17 @@ class Search:
 
     def is_finished(self, name: str) -> bool:
         """Whether the fingerprint was shrunk already."""
-        return name in self._finished
+        return name in self._bugs
 
 
-def draw(strategy: st.SearchStrategy[Case], seed: int, count: int) -> list[Case]:
-    """Return up to `count` different cases, the same for the same seed."""
-    cases: dict[Case, None] = {}
-    hypothesis_test(cases.setdefault, _Chunk(strategy, seed, count), None, Phase.generate)
-    return list(cases)
+def _worth(found: Sighting) -> tuple[float, int]:
+    """Return a key that puts first what a person would rather get: what fails more often, then what is smaller."""
+    return -found.failed_runs / found.runs, found.case.size
+
+
+def _rank(bug: events.FailureFound) -> tuple[int, int]:
+    """Return a key that puts first what a bug is reported as: the most severe failure, then the smallest case."""
+    return KINDS.index(bug.failure.kind), bug.case.size
 
 
 def pinned(case: Case, verdict: Verdict) -> Case:
@@ -287,12 +391,12 @@ class _Shrinking:
         self._search = search
         self._verdicts = verdicts
         # What failed last with the focus: Hypothesis ends by running the smallest case once more.
-        self.smallest: tuple[Failure, Case] | None = None
+        self.smallest: Sighting | None = None
         self._until: float | None = None
         if focus is not None:
             self._start_clock()
 
-    def run(self, chunk: _Chunk, database: ExampleDatabase | None, phase: Phase) -> None:
+    def run(self, chunk: Chunk, database: ExampleDatabase | None, phase: Phase) -> None:
         """Draw a chunk, or with Phase.reuse what the database holds, until the focus fails, and shrink that."""
         known = frozenset(self._verdicts)
 
@@ -307,13 +411,12 @@ class _Shrinking:
         verdict = self._verdict(case)
         if (verdict.rejected or verdict.error) and rejects:
             hypothesis.reject()
-        for failure in verdict.failures:
-            name = fingerprint(self._search.job, failure)
+        for name, failure in fingerprints(self._search.job, verdict).items():
             if self.focus is None and not self._search.is_finished(name):
                 self.focus = name
                 self._start_clock()
             if name == self.focus:
-                self.smallest = failure, pinned(case, verdict)
+                self.smallest = Sighting(failure, pinned(case, verdict), verdict)
                 raise exception_class(name)(failure.message)
 
     def _start_clock(self) -> None:
@@ -324,85 +427,10 @@ class _Shrinking:
         shrinking = self.focus is not None
         if not shrinking:
             if self._search.budget_spent():
-                raise _EndedError
+                raise EndedError
             self._search.examples += 1
         if case not in self._verdicts:
             if self._until is not None and time.monotonic() >= self._until:
                 return Verdict()
             self._verdicts[case] = self._search.judge_example(case, shrinking=shrinking)
         return self._verdicts[case]
-
-
-def hypothesis_test(
-    check: Callable[[Case], None], chunk: _Chunk, database: ExampleDatabase | None, *phases: Phase
-) -> None:
-    """Run a Hypothesis test over a chunk. It ends when `check` raises `CaseFailedError` for what was shrunk.
-
-    Raises what else `check` raises, at once: Hypothesis would shrink a case that raises an Exception, and save one that
-    raises anything but KeyboardInterrupt.
-    """
-
-    # `settings` stands above `seed` because `seed` takes the database away.
-    @hypothesis.settings(
-        max_examples=chunk.size,
-        deadline=None,
-        derandomize=False,  # whatever the profile of the surrounding tests says
-        database=database,
-        # Not Phase.target: climbing towards a worse err/bound takes most of the time and runs few new cases.
-        phases=phases,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-        verbosity=Verbosity.quiet,
-        print_blob=False,
-    )
-    @hypothesis.seed(chunk.seed)
-    @hypothesis.given(chunk.strategy)
-    def test(case: Case) -> None:
-        try:
-            check(case)
-        except KernelfuzzError as error:
-            raise _EndedError(error) from None
-
-    try:
-        test()
-    except _EndedError as end:
-        if end.error is not None:
-            raise end.error from None
-    except (CaseFailedError, hypothesis.errors.Flaky, hypothesis.errors.Unsatisfiable, SkipTest):
-        pass  # Unsatisfiable: the kernel rejected every case; SkipTest: nothing was saved that could be tried again
-
-
-class _EndedError(KeyboardInterrupt):
-    """Ends a Hypothesis test from inside: the budget is spent, or `error` leaves no way to go on."""
-
-    def __init__(self, error: KernelfuzzError | None = None) -> None:
-        self.error = error
-
-
-class _SavedExamples(ExampleDatabase):
-    """An example database for the tests of one search: each of them sees what earlier searches saved.
-
-    Once `keep` is set, that is not deleted any more: what was found passes in the tests after it, and Hypothesis
-    deletes what passes.
-    """
-
-    def __init__(self, database: ExampleDatabase) -> None:
-        super().__init__()
-        self.keep = False
-        self._database = database
-        self._own: set[tuple[bytes, bytes]] = set()
-
-    def fetch(self, key: bytes) -> Iterable[bytes]:
-        """Return what earlier searches saved, in an order that does not depend on the file system."""
-        return sorted(value for value in self._database.fetch(key) if (key, value) not in self._own)
-
-    def save(self, key: bytes, value: bytes) -> None:
-        """Save an example."""
-        if value not in self._database.fetch(key):
-            self._own.add((key, value))
-            self._database.save(key, value)
-
-    def delete(self, key: bytes, value: bytes) -> None:
-        """Delete an example that this search saved, or any while nothing was found."""
-        if not self.keep or (key, value) in self._own:
-            self._database.delete(key, value)

@@ -3,6 +3,7 @@
 import platform
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -14,6 +15,7 @@ from kernelfuzz.fuzz.events import Event, FailureFound
 from kernelfuzz.fuzz.executor import Replacements
 from kernelfuzz.fuzz.failures import fingerprint
 from kernelfuzz.fuzz.job import Job, Skipped
+from kernelfuzz.fuzz.known_failures import KnownFailure
 
 SCHEMA = 1
 
@@ -69,14 +71,19 @@ class JobSummary:
             "worst_ratios": dict(sorted(self.worst_ratios.items())),
             "regimes": dict(sorted(self.regimes.items())),
             "failures": list(self.failures),
-            "hits": {name: self.hits[name] for name in self.failures},
+            "hits": {name: self.hits_of(found) for name, found in self.failures.items()},
         }
+
+    def hits_of(self, found: FailureFound) -> int:
+        """Return in how many examples a bug was seen, by the most frequent of its fingerprints."""
+        return max(self.hits[name] for name in (found.fingerprint, *found.withdrawn))
 
 
 class Summary:
-    """Adds up the events of a campaign."""
+    """Adds up the events of a campaign. `known` failures are no reason to fail it."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Sequence[KnownFailure] = ()) -> None:
+        self._known = known
         self.jobs: list[JobSummary] = []
         self.skipped: tuple[Skipped, ...] = ()
         self.seed = 0
@@ -99,6 +106,8 @@ class Summary:
                 self._count(event)
             case events.FailureFound(job, name):
                 entry = self.entry(job)
+                for symptom in event.withdrawn:
+                    entry.failures.pop(symptom, None)
                 entry.failures[name] = event
                 entry.state = "running" if event.shrunk else "shrinking"
             case events.JobFinished(job, examples, error, replacements):
@@ -132,10 +141,27 @@ class Summary:
             for regime in event.regimes:
                 entry.worst_ratios[regime] = max(entry.worst_ratios.get(regime, 0.0), verdict.ratio)
 
+    def known(self, entry: JobSummary, found: FailureFound) -> KnownFailure | None:
+        """Return what is known of a failure that a job found, if anything."""
+        return next((each for each in self._known if each.excuses(found, entry.version)), None)
+
+    def unknown(self) -> list[FailureFound]:
+        """Return the failures that nobody knows of."""
+        return [found for entry in self.jobs for found in entry.failures.values() if not self.known(entry, found)]
+
+    def fixed(self) -> dict[KnownFailure, int]:
+        """Return the known failures that were not seen in any of the jobs they concern, and in how many examples."""
+        fixed = {}
+        for known in self._known:
+            concerned = [entry for entry in self.jobs if known.concerns(entry.job) and entry.examples]
+            if concerned and not any(entry.hits[known.fingerprint] for entry in concerned):
+                fixed[known] = sum(entry.examples for entry in concerned)
+        return fixed
+
     @property
     def failed(self) -> bool:
-        """Whether any job found a failure."""
-        return any(entry.failures for entry in self.jobs)
+        """Whether any job found a failure that nobody knows of."""
+        return bool(self.unknown())
 
     @property
     def broken(self) -> bool:
@@ -150,6 +176,10 @@ class Summary:
             "seed": self.seed,
             "interrupted": self.interrupted,
             "results": [entry.to_json() for entry in self.jobs],
+            "known_failures": [
+                name for entry in self.jobs for name, found in entry.failures.items() if self.known(entry, found)
+            ],
+            "fixed_failures": [known.fingerprint for known in self.fixed()],
             "skipped": [
                 {"target": s.target, "kernel": str(s.kernel), "device": s.device, "reason": s.reason}
                 for s in self.skipped

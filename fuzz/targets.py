@@ -1,7 +1,7 @@
 """The registry of targets: one entry holds everything about one."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hypothesis import strategies as st
@@ -16,6 +16,7 @@ from kernelfuzz.oracles.expectation import Expectation, OutputSpecs
 from kernelfuzz.strategies import bgmv, fp8_layout, fused_moe_lora, lora_shrink_expand, moe_lora_align, moe_permute
 from kernelfuzz.strategies.case import Case
 from kernelfuzz.strategies.errors import KernelfuzzError
+from kernelfuzz.strategies.reduction import Reducible, reduce_inputs
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Target:
     make_inputs takes several content seeds at once, and outputs and expect take what it makes of them. `specialised`
     names the fields of a case that its kernels are compiled for; where there are any, cases takes a `palette`.
     huge_cases draws the cases of the regime huge, where there is one. `small` are the arguments with which cases draws
-    small ones.
+    small ones; `reducible` are the input tensors that a case's `reduced` may name.
     """
 
     name: str
@@ -37,21 +38,28 @@ class Target:
     outputs: Callable[[Any], OutputSpecs]
     expect: Callable[[Any, Any], Expectation]
     small: Mapping[str, Any]
+    reducible: Reducible = field(default_factory=dict)
     stackable: bool = False
     specialised: tuple[str, ...] = ()
     huge_cases: Callable[..., st.SearchStrategy[Any]] | None = None
 
 
 def _target(strategy: Any, oracle: Any) -> Target:
+    def make_inputs(case: Case, *arguments: Any) -> Any:
+        inputs = strategy.make_inputs(case, *arguments)
+        reduce_inputs(inputs, case.reduced)
+        return inputs
+
     return Target(
         name=strategy.Case.target,
         case_type=strategy.Case,
         cases=strategy.cases,
-        make_inputs=strategy.make_inputs,
+        make_inputs=make_inputs,
         regimes=strategy.regimes,
         outputs=oracle.outputs,
         expect=oracle.expect,
         small=strategy.SMALL,
+        reducible=getattr(strategy, "REDUCIBLE", {}),
         stackable=getattr(strategy, "STACKABLE", False),
         specialised=getattr(strategy, "SPECIALISED", ()),
         huge_cases=getattr(strategy, "huge_cases", None),

@@ -1,12 +1,14 @@
 """Verdicts: what the engine says of one case, and the comparison of an output with its expectation."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
 
-from kernelfuzz.fuzz.buffers import StrayWrite, bits
+from kernelfuzz.fuzz.buffers import StrayWrite
+from kernelfuzz.fuzz.comparison import compare
+from kernelfuzz.fuzz.writemap import OutputMap
 from kernelfuzz.oracles.expectation import ExpectedOutput
 
 FailureKind = Literal[
@@ -61,6 +63,7 @@ class Verdict:
     - cases: how many seeds were run, the last of them failed or rejected if any
     - seed: the content seed that failed; None where none did, or none alone
     - seconds: wall time by phase: inputs, oracle, kernel, check
+    - maps: what became of the outputs, and of inputs that were written to; where they were asked for
     """
 
     failures: tuple[Failure, ...] = ()
@@ -71,10 +74,11 @@ class Verdict:
     cases: int = 1
     seed: int | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    maps: tuple[OutputMap, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict in JSON types."""
-        return asdict(self)
+        return {**asdict(replace(self, maps=())), "maps": [each.to_json() for each in self.maps]}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Verdict":
@@ -82,7 +86,8 @@ class Verdict:
         failures = tuple(
             Failure(**{**failure, "elements": tuple(failure["elements"])}) for failure in document["failures"]
         )
-        return cls(**{**document, "failures": failures})
+        maps = tuple(OutputMap.from_json(each) for each in document["maps"])
+        return cls(**{**document, "failures": failures, "maps": maps})
 
 
 def printable(text: str) -> str:
@@ -108,37 +113,24 @@ def judge_stray_write(write: StrayWrite) -> Failure:
 def judge_output(
     name: str, actual: torch.Tensor, initial: torch.Tensor, expected: ExpectedOutput, *, from_sentinel: bool
 ) -> tuple[list[Failure], float]:
-    """Compare an output with its expectation; return its failures, one per clause and kind, and the worst ratio.
-
-    An element that still holds its initial bits is unwritten if they were a sentinel. Where they were values to add to,
-    a contribution too small to change them looks the same, so it is a wrong value.
-    """
-    must_write, must_keep = expected.mask("write"), expected.mask("keep")
-    same_bits = bits(actual) == bits(initial)
-    canonical = actual if expected.groups is None else _in_group_order(actual, expected.groups)
-    values = expected.values if expected.groups is None else _in_group_order(expected.values, expected.groups)
-
-    wrong, ratios = _deviation(canonical, values, expected.bound)
-    wrong &= must_write
-    worst = float(ratios[must_write].max()) if bool(must_write.any()) else 0.0
-    # Inside a group an untouched element would be sorted to another's place, so it is looked for where it stands.
-    untouched = (wrong if expected.groups is None else must_write) & same_bits & from_sentinel
-    overwritten = must_keep & ~same_bits
-    if not bool((wrong | untouched | overwritten).any()):
+    """Compare an output with its expectation; return its failures, one per clause and kind, and the worst ratio."""
+    found = compare(actual, initial, expected, from_sentinel=from_sentinel)
+    worst = float(found.ratios[found.must_write].max()) if bool(found.must_write.any()) else 0.0
+    if not bool((found.wrong | found.untouched | found.overwritten).any()):
         return [], worst
 
     failures = []
     for index, clause in enumerate(expected.clauses):
         here = expected.region == index
-        incorrect = wrong & ~untouched
-        if expected.groups is not None and bool((untouched & here).any()):
-            incorrect = torch.zeros_like(incorrect)
-        for kind, mask in (("overwritten", overwritten), ("unwritten", untouched), ("wrong_value", incorrect)):
-            hit = mask & here
+        for kind, hit in (
+            ("overwritten", found.overwritten & here),
+            ("unwritten", found.untouched & here),
+            ("wrong_value", found.incorrect(index)),
+        ):
             if bool(hit.any()):
-                reference = initial if kind == "overwritten" else values
-                shown = actual if kind != "wrong_value" else canonical
-                bounded = ratios if kind == "wrong_value" and expected.bound is not None else None
+                reference = initial if kind == "overwritten" else found.values
+                shown = actual if kind != "wrong_value" else found.canonical
+                bounded = found.ratios if kind == "wrong_value" and found.has_bound else None
                 failures.append(_failure(kind, name, clause.name, hit, shown, reference, bounded))
     return failures, worst
 
@@ -171,26 +163,3 @@ def _number(element: torch.Tensor) -> float | int | str:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(value)
     return value
-
-
-def _deviation(
-    actual: torch.Tensor, values: torch.Tensor, bound: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which elements are out of their bound, and err/bound (NaN and infinity count as infinitely far)."""
-    if bound is None:
-        wrong = actual.to(values.dtype) != values
-        return wrong, wrong.to(torch.float64)
-    error = (actual.to(torch.float64) - values).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
-    ratios = torch.where(error == 0, 0.0, error / bound)
-    return ~(ratios <= 1.0), ratios  # a NaN is wrong too
-
-
-def _in_group_order(tensor: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Sort the elements that share a group, leaving each group where it stands."""
-    flat, labels = tensor.flatten(), groups.flatten()
-    by_value = torch.argsort(flat, stable=True)
-    order = by_value[torch.argsort(labels[by_value], stable=True)]
-    places = torch.argsort(labels, stable=True)
-    result = torch.empty_like(flat)
-    result[places] = flat[order]
-    return result.view(tensor.shape)

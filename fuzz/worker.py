@@ -122,6 +122,8 @@ def answer(target: Target, kernel: Kernel, message: dict[str, Any], conditions: 
         if message["rehearsal"]:
             judge_alone(target, None, case, conditions)
             return Verdict()
+        if message["maps"]:
+            return judge_alone(target, kernel, replace(case, seed=message["seeds"][0]), conditions, maps=True)
         return judge(target, kernel, case, message["seeds"], conditions)
     except KernelfuzzError as error:
         return Verdict(error=(str(error) or repr(error)).splitlines()[0], own_error=True)

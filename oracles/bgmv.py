@@ -8,6 +8,7 @@ import torch
 
 from kernelfuzz.oracles import rounding
 from kernelfuzz.oracles.expectation import (
+    Axes,
     Clause,
     Expectation,
     ExpectedError,
@@ -40,7 +41,7 @@ def outputs(inputs: Inputs) -> OutputSpecs:
         initial = contents.values(shape, dtype, "signed", case.seed, "output", inputs.x.device)
     elif case.op == "shrink":
         initial = torch.zeros(shape, dtype=dtype, device=inputs.x.device)
-    return {"output": OutputSpec(shape, dtype, initial=initial)}
+    return {"output": OutputSpec(shape, dtype, initial=initial, axes=Axes("token", "column"))}
 
 
 def expect(inputs: Inputs, initial: dict[str, torch.Tensor]) -> Expectation:

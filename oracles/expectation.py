@@ -22,8 +22,22 @@ class Clause:
 
 
 @dataclass(frozen=True)
+class Axes:
+    """How an output is drawn: what its rows and columns are in the contract's terms; one row has no name.
+
+    - width: columns of a row, where memory is flat and the contract is not; None: the last dimension
+    - block: how many columns belong together, or None
+    """
+
+    rows: str
+    columns: str
+    width: int | None = None
+    block: int | None = None
+
+
+@dataclass(frozen=True)
 class OutputSpec:
-    """An output that the engine must allocate: shape, dtype, layout, and what it holds before the launch.
+    """An output that the engine must allocate: shape, dtype, layout, what it holds before the launch, and its axes.
 
     `initial` is a tensor of that shape for outputs the contract reads before it writes; without one the output is
     filled with a sentinel.
@@ -33,6 +47,7 @@ class OutputSpec:
     dtype: torch.dtype
     layout: Layout = CONTIGUOUS
     initial: torch.Tensor | None = None
+    axes: Axes = Axes("row", "column")
 
 
 OutputSpecs = Mapping[str, OutputSpec]

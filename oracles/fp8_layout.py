@@ -6,6 +6,7 @@ The inputs make quantisation exact, so that a correct one has no choice.
 import torch
 
 from kernelfuzz.oracles.expectation import (
+    Axes,
     Clause,
     Expectation,
     ExpectedError,
@@ -45,8 +46,16 @@ def outputs(inputs: Inputs) -> OutputSpecs:
     found = {}
     for name, shape in inputs.case.result_shapes.items():
         value, dtype = (float("nan"), torch.float32) if name.endswith("_scale") else (FP8_NAN, torch.uint8)
-        found[name] = OutputSpec(shape, dtype, initial=torch.full(shape, value, dtype=dtype, device=inputs.w13.device))
+        initial = torch.full(shape, value, dtype=dtype, device=inputs.w13.device)
+        found[name] = OutputSpec(shape, dtype, initial=initial, axes=_axes(shape))
     return found
+
+
+def _axes(shape: tuple[int, ...]) -> Axes:
+    """Return what the dimensions of weights [experts, rows, columns] and their scales are."""
+    if len(shape) == 3:
+        return Axes(f"expert · {shape[1]} + row", "column")
+    return Axes("expert", "row") if len(shape) == 2 else Axes("", "expert")
 
 
 def expect(inputs: Inputs, initial: dict[str, torch.Tensor]) -> Expectation:

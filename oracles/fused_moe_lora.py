@@ -10,6 +10,7 @@ import torch
 
 from kernelfuzz.oracles import rounding
 from kernelfuzz.oracles.expectation import (
+    Axes,
     Clause,
     Expectation,
     ExpectedError,
@@ -41,7 +42,8 @@ def outputs(inputs: Inputs) -> OutputSpecs:
     initial = None
     if case.add_inputs:
         initial = contents.values(shape, dtype, "signed", case.seed, "output", inputs.x.device)
-    return {"output": OutputSpec(shape, dtype, Layout(row_gap=case.output_gap), initial)}
+    axes = Axes(f"pair (token · {case.top_k} + choice)", "column, slice by slice", block=case.columns)
+    return {"output": OutputSpec(shape, dtype, Layout(row_gap=case.output_gap), initial, axes)}
 
 
 def expect(inputs: Inputs, initial: dict[str, torch.Tensor]) -> Expectation:

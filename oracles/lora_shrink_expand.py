@@ -7,7 +7,7 @@ dtype, accumulates in float32, rounds the result once to the output's dtype and 
 import torch
 
 from kernelfuzz.oracles import rounding
-from kernelfuzz.oracles.expectation import Clause, Expectation, ExpectedOutput, OutputSpec, OutputSpecs
+from kernelfuzz.oracles.expectation import Axes, Clause, Expectation, ExpectedOutput, OutputSpec, OutputSpecs
 from kernelfuzz.strategies import contents
 from kernelfuzz.strategies.batches import BASE
 from kernelfuzz.strategies.lora_shrink_expand import Inputs
@@ -32,13 +32,14 @@ def outputs(inputs: Inputs) -> OutputSpecs:
     case = inputs.case
     tokens = case.batch.num_tokens
     if case.op == "shrink":
-        return {"output": OutputSpec((len(case.widths), tokens, case.rank), torch.float32)}
+        axes = Axes(f"slice · {tokens} + token", "rank")
+        return {"output": OutputSpec((len(case.widths), tokens, case.rank), torch.float32, axes=axes)}
     shape = (tokens, case.column_offset + sum(case.widths) + case.column_tail)
     dtype = getattr(torch, case.dtype)
     initial = None
     if case.add_inputs:
         initial = contents.values(shape, dtype, "signed", case.seed, "output", inputs.x.device)
-    return {"output": OutputSpec(shape, dtype, initial=initial)}
+    return {"output": OutputSpec(shape, dtype, initial=initial, axes=Axes("token", "column"))}
 
 
 def expect(inputs: Inputs, initial: dict[str, torch.Tensor]) -> Expectation:

@@ -3,6 +3,7 @@
 import torch
 
 from kernelfuzz.oracles.expectation import (
+    Axes,
     Clause,
     Expectation,
     ExpectedError,
@@ -26,14 +27,15 @@ def outputs(inputs: Inputs) -> OutputSpecs:
     with a leading dimension of S."""
     case = inputs.case
 
-    def spec(width: int) -> OutputSpec:
+    def spec(width: int, column: str, block: int | None = None) -> OutputSpec:
         length = case.num_adapters * width
-        return OutputSpec((*_stacked(inputs), length), torch.int32, stack_layout(length))
+        axes = Axes("adapter row", column, width, block)
+        return OutputSpec((*_stacked(inputs), length), torch.int32, stack_layout(length), axes=axes)
 
     return {
-        "sorted_token_ids": spec(case.capacity),
-        "expert_ids": spec(case.max_blocks),
-        "num_tokens_post_pad": spec(1),
+        "sorted_token_ids": spec(case.capacity, "token slot, block by block", max(case.block_size, 1)),
+        "expert_ids": spec(case.max_blocks, "block"),
+        "num_tokens_post_pad": spec(1, "total"),
     }
 
 

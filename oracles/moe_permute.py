@@ -8,6 +8,7 @@ import torch
 
 from kernelfuzz.oracles import rounding
 from kernelfuzz.oracles.expectation import (
+    Axes,
     Clause,
     Expectation,
     ExpectedError,
@@ -33,15 +34,17 @@ def outputs(inputs: PermuteInputs | UnpermuteInputs) -> OutputSpecs:
     """
     case = inputs.case
     if isinstance(inputs, UnpermuteInputs):
-        return {"output": OutputSpec((case.tokens, case.hidden), inputs.rows.dtype)}
+        axes = Axes("token", "hidden")
+        return {"output": OutputSpec((case.tokens, case.hidden), inputs.rows.dtype, axes=axes)}
     specs = {
-        "permuted": OutputSpec((case.pairs, case.hidden), inputs.x.dtype),
-        "offsets": OutputSpec((inputs.num_local_experts + 1,), torch.int64),
-        "inverse": OutputSpec((case.pairs,), torch.int32),
-        "permuted_idx": OutputSpec((case.pairs,), torch.int32),
+        "permuted": OutputSpec((case.pairs, case.hidden), inputs.x.dtype, axes=Axes("permuted row", "hidden")),
+        "offsets": OutputSpec((inputs.num_local_experts + 1,), torch.int64, axes=Axes("", "local expert")),
+        "inverse": OutputSpec((case.pairs,), torch.int32, axes=Axes("token", "choice", case.top_k)),
+        "permuted_idx": OutputSpec((case.pairs,), torch.int32, axes=Axes("", "permuted row")),
     }
     if inputs.scale is not None:
-        specs["permuted_scale"] = OutputSpec((case.pairs, case.scale_groups), torch.float32)
+        axes = Axes("permuted row", "scale group")
+        specs["permuted_scale"] = OutputSpec((case.pairs, case.scale_groups), torch.float32, axes=axes)
     return specs
 
 

@@ -17,6 +17,7 @@ from kernelfuzz.strategies.case import Case as BaseCase
 from kernelfuzz.strategies.devices import USUAL, Placement
 from kernelfuzz.strategies.dtypes import DTYPES, Dtype
 from kernelfuzz.strategies.layouts import Allocate, plain_allocator
+from kernelfuzz.strategies.reduction import PATTERNS, Reducible
 from kernelfuzz.strategies.sizes import padded_widths, sizes
 
 Op = Literal["shrink", "expand", "expand_slice"]
@@ -28,6 +29,9 @@ LAYERS: tuple[Layer, ...] = get_args(Layer)
 
 SMALL: dict[str, Any] = {**SMALL_BATCHES}
 """Arguments with which `cases` draws small cases."""
+
+REDUCIBLE: Reducible = {"x": PATTERNS, "weights": PATTERNS}
+"""What a shrunk case's tensors may hold instead of their contents."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar, Union
 
 from kernelfuzz.strategies.devices import Placement
 from kernelfuzz.strategies.errors import KernelfuzzError
+from kernelfuzz.strategies.reduction import Reduced
 
 SCHEMA = 1
 """Schema number of a case file. A reader refuses files with another number."""
@@ -19,7 +20,8 @@ AnyCase = TypeVar("AnyCase", bound="Case")
 
 @dataclass(frozen=True)
 class Case:
-    """One launch of one target: a drawn structure and one content seed, no tensors. `placement` says where it runs.
+    """One launch of one target: a drawn structure and one content seed, no tensors. `placement` says where it runs;
+    `reduced` tensors hold something simpler than what the seed gives, once a failure was shrunk.
 
     Subclasses add the structure as fields of type int, float, bool, str, Literal, tuple, optional, or another frozen
     dataclass of such fields.
@@ -28,6 +30,7 @@ class Case:
     target: ClassVar[str]
     seed: int
     placement: Placement = field(default=Placement(), kw_only=True)
+    reduced: tuple[Reduced, ...] = field(default=(), kw_only=True)
 
     @property
     def size(self) -> int:

@@ -21,6 +21,7 @@ from kernelfuzz.strategies.devices import USUAL, Placement
 from kernelfuzz.strategies.dtypes import DTYPES, Dtype
 from kernelfuzz.strategies.layouts import CONTIGUOUS, POISON_INTEGER, Allocate, Layout, layouts, plain_allocator
 from kernelfuzz.strategies.palette import share, templates
+from kernelfuzz.strategies.reduction import PATTERNS, Reducible
 from kernelfuzz.strategies.routing import InvalidIds, Routing, routings
 from kernelfuzz.strategies.sizes import sizes
 
@@ -30,6 +31,9 @@ ONE_SHOT_MAX_RANK = 128
 
 SMALL: dict[str, Any] = {**SMALL_BATCHES}
 """Arguments with which `cases` draws small cases."""
+
+REDUCIBLE: Reducible = {"x": PATTERNS, "lora_a": PATTERNS, "lora_b": PATTERNS, "topk_weights": ("ones",)}
+"""What a shrunk case's tensors may hold instead of their contents. No routing weight is 0."""
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,16 @@ from kernelfuzz.strategies.devices import USUAL, Placement
 from kernelfuzz.strategies.dtypes import DTYPES, Dtype
 from kernelfuzz.strategies.layouts import CONTIGUOUS, Allocate, Layout, layouts, plain_allocator
 from kernelfuzz.strategies.palette import share, templates
+from kernelfuzz.strategies.reduction import PATTERNS, Reducible
 from kernelfuzz.strategies.sizes import sizes
 
 Op = Literal["shrink", "expand"]
 
 SMALL: dict[str, Any] = {**SMALL_BATCHES}
 """Arguments with which `cases` draws small cases."""
+
+REDUCIBLE: Reducible = {"x": PATTERNS, "weights": PATTERNS}
+"""What a shrunk case's tensors may hold instead of their contents."""
 
 
 @dataclass(frozen=True)

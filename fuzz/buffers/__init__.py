@@ -2,6 +2,6 @@
 watched."""
 
 from kernelfuzz.fuzz.buffers.buffers import REDZONE, Buffers, Memory, sentinel
-from kernelfuzz.fuzz.buffers.watch import StrayWrite, bits
+from kernelfuzz.fuzz.buffers.watch import Guarded, StrayWrite, bits
 
-__all__ = ["REDZONE", "Buffers", "Memory", "StrayWrite", "bits", "sentinel"]
+__all__ = ["REDZONE", "Buffers", "Guarded", "Memory", "StrayWrite", "bits", "sentinel"]

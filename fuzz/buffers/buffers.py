@@ -95,8 +95,15 @@ class Buffers:
         """
         if not self._watches or not bool(torch.stack([watch.changed() for watch in self._watches]).any()):
             return []
-        outputs_first = sorted(self._guarded, key=lambda entry: entry[0].is_input)
-        return [write for guarded, watch in outputs_first for write in watch.stray_writes(guarded)]
+        return [write for guarded, watch in self._outputs_first() for write in watch.stray_writes(guarded)]
+
+    def changed_places(self) -> list[tuple[Guarded, torch.Tensor]]:
+        """Return every tensor, and where memory was changed that belongs to it and that no kernel may change, as
+        `Watch.places` does; after `stray_writes`."""
+        return [(guarded, watch.places(guarded)) for guarded, watch in self._outputs_first()]
+
+    def _outputs_first(self) -> list[tuple[Guarded, Watch]]:
+        return sorted(self._guarded, key=lambda entry: entry[0].is_input)
 
     def _guard(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout, *, is_input: bool

@@ -128,6 +128,12 @@ class Watch(ABC):
         """Return what of it belongs to one of the tensors, at most one report for inside and one for outside; after
         `changed`."""
 
+    @abstractmethod
+    def places(self, guarded: Guarded) -> torch.Tensor:
+        """Return where what belongs to one of the tensors was changed, int64 [n], in elements from its first element:
+        outside it, and where it is an input also inside; after `changed`. Inside an input that is watched by digests
+        it is where the input's elements begin in the blocks that changed."""
+
 
 class Snapshot(Watch):
     """Watches memory by a copy of it."""
@@ -146,7 +152,7 @@ class Snapshot(Watch):
         return (self.memory.view(torch.int64) != self._before.view(torch.int64)).any()
 
     def stray_writes(self, guarded: Guarded) -> list[StrayWrite]:
-        changed = (guarded.bits_in(self.memory) != guarded.bits_in(self._before)).nonzero().flatten()
+        changed = self._changed_in(guarded)
         if changed.numel() == 0:
             return []
         inside = guarded.inside(0, (guarded.end - guarded.begin) // guarded.tensor.element_size())[changed]
@@ -155,6 +161,12 @@ class Snapshot(Watch):
             for part, where in ((changed[inside], True), (changed[~inside], False))
             if part.numel()
         ]
+
+    def places(self, guarded: Guarded) -> torch.Tensor:
+        return self._changed_in(guarded) - guarded.first
+
+    def _changed_in(self, guarded: Guarded) -> torch.Tensor:
+        return (guarded.bits_in(self.memory) != guarded.bits_in(self._before)).nonzero().flatten()
 
 
 class Digests(Watch):
@@ -189,18 +201,37 @@ class Digests(Watch):
     def stray_writes(self, guarded: Guarded) -> list[StrayWrite]:
         found = []
         if guarded.is_input:
-            numbers = (self._digests() != self._before).nonzero().flatten().tolist()
-            places = [n * BLOCK + int(self._inside(n).nonzero()[0]) for n in numbers[:_SHOWN_OFFSETS]]
+            numbers = self._changed_blocks()
             if numbers:
+                places = [self._beginning(number) for number in numbers[:_SHOWN_OFFSETS]]
                 found.append(guarded.stray_write(len(numbers), places, inside=True))
         count, places = 0, []
         for number in range(len(self._blocks)):
-            changed = self._outside(number).nonzero().flatten()
+            changed = self._changed_outside(number)
             count += changed.numel()
-            places += (number * BLOCK + changed[: _SHOWN_OFFSETS - len(places)]).tolist()
+            places += changed[: _SHOWN_OFFSETS - len(places)].tolist()
         if count:
             found.append(guarded.stray_write(count, places, inside=False))
         return found
+
+    def places(self, guarded: Guarded) -> torch.Tensor:
+        changed = [self._changed_outside(number) for number in range(len(self._blocks))]
+        if guarded.is_input:
+            inside = [self._beginning(number) for number in self._changed_blocks()]
+            changed.append(torch.tensor(inside, dtype=torch.int64, device=self.memory.device))
+        return torch.cat(changed) - guarded.first
+
+    def _changed_blocks(self) -> list[int]:
+        """Return the blocks in which an element of the input was changed."""
+        return (self._digests() != self._before).nonzero().flatten().tolist()
+
+    def _beginning(self, number: int) -> int:
+        """Return the first of the tensor's elements in a block."""
+        return number * BLOCK + int(self._inside(number).nonzero()[0])
+
+    def _changed_outside(self, number: int) -> torch.Tensor:
+        """Return the elements of a block that are outside the tensor and were changed, counted from the first block."""
+        return number * BLOCK + self._outside(number).nonzero().flatten()
 
     def _inside(self, number: int) -> torch.Tensor:
         """Return a bool mask over a block: elements that belong to the tensor."""

@@ -6,9 +6,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from kernelfuzz.fuzz.cli.bisect import bisect
 from kernelfuzz.fuzz.cli.list import list_kernels
 from kernelfuzz.fuzz.cli.regressions import regressions
 from kernelfuzz.fuzz.cli.releases import app as releases_app
+from kernelfuzz.fuzz.cli.replay import replay
+from kernelfuzz.fuzz.cli.repro import repro
 from kernelfuzz.fuzz.cli.run import run
 from kernelfuzz.strategies.errors import KernelfuzzError
 
@@ -21,7 +24,10 @@ app = typer.Typer(
 )
 app.command("run")(run)
 app.command("list")(list_kernels)
+app.command("replay")(replay)
+app.command("repro")(repro)
 app.command("regressions")(regressions)
+app.command("bisect")(bisect)
 app.add_typer(releases_app, name="releases")
 
 

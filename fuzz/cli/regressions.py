@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kernelfuzz.fuzz.cli.run import INTERRUPTED
-from kernelfuzz.fuzz.console import case_lines
+from kernelfuzz.fuzz.readable import case_lines
 from kernelfuzz.fuzz.regressions import RegressionResult, SideResult, missing_releases, run_regression
 from kernelfuzz.kernels.registry import parse_device
 from kernelfuzz.kernels.regressions import REGRESSIONS, find

@@ -44,7 +44,16 @@ def fetch(
 
 
 def _fetch_one(text: str, console: Console) -> None:
-    package, version = releases.parse_requirement(text)
+    release, is_new = fetch_with_progress(*releases.parse_requirement(text), console)
+    how = "fetched" if is_new else "already fetched"
+    typer.echo(f"{release.package} {release.version}: {how}, {decimal(release.size)} in {release.path}")
+
+
+def fetch_with_progress(package: str, version: str, console: Console) -> tuple[releases.Release, bool]:
+    """Fetch a release while a bar shows how far that is; return it, and whether it was not there before.
+
+    Raises KernelfuzzError as `releases.fetch` does.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"{package} {version}", total=None)
@@ -58,8 +67,7 @@ def _fetch_one(text: str, console: Console) -> None:
             bar.update(task, completed=done, total=total)
 
         release = releases.fetch(package, version, progress)
-    how = "fetched" if shown else "already fetched"
-    typer.echo(f"{package} {release.version}: {how}, {decimal(release.size)} in {release.path}")
+    return release, bool(shown)
 
 
 @app.command(name="list")

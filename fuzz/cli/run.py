@@ -1,4 +1,4 @@
-"""`kernelfuzz run`: look for failures under a budget, or see one case again."""
+"""`kernelfuzz run`: look for failures under a budget."""
 
 import fcntl
 import json
@@ -9,7 +9,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, cast, get_args
+from typing import Annotated
 
 import torch
 import typer
@@ -17,20 +17,21 @@ from rich.console import Console
 from rich.markup import escape
 
 from kernelfuzz.fuzz import events
-from kernelfuzz.fuzz.campaign import Budget, Isolation, run_campaign
+from kernelfuzz.fuzz.campaign import Budget, run_campaign
+from kernelfuzz.fuzz.cli.isolation import isolation_of, sanitizer_tool
 from kernelfuzz.fuzz.console import Display
-from kernelfuzz.fuzz.files import FailureFiles, SummaryFile, read_case
+from kernelfuzz.fuzz.failure_files import FailureFiles
+from kernelfuzz.fuzz.files import SummaryFile
 from kernelfuzz.fuzz.job import Job, Skipped, default_jobs, named_jobs
+from kernelfuzz.fuzz.known_failures import read_known_failures
 from kernelfuzz.fuzz.regimes import in_regime, require_regime
-from kernelfuzz.fuzz.replay import replay_case
-from kernelfuzz.fuzz.sanitizer import Tool
-from kernelfuzz.fuzz.sanitizer import find as find_sanitizer
 from kernelfuzz.fuzz.summary import Summary
 from kernelfuzz.fuzz.targets import get_target
 from kernelfuzz.kernels.registry import parse_device
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 DEFAULT_SECONDS = 60.0
+KNOWN_FAILURES = "known_failures.toml"
 INTERRUPTED = 130
 """What a shell reports of a command that Ctrl-C ended: 128 + SIGINT."""
 
@@ -48,7 +49,6 @@ def run(
     examples: Annotated[int | None, typer.Option(help="Examples for each kernel.", show_default=False)] = None,
     time: Annotated[str | None, typer.Option(help="Time for all together, like 90s, 10m, 2h. Default: 60s.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same cases. Default: a new one.")] = None,
-    case: Annotated[Path | None, typer.Option(help="Run this one saved case instead.")] = None,
     isolate: Annotated[
         bool, typer.Option("--isolate/--no-isolate", help="Run cases in worker processes, or in this one (CPU only).")
     ] = True,
@@ -61,31 +61,29 @@ def run(
     regime: Annotated[
         str | None, typer.Option(help="Draw cases of robustness (GPU only) or huge instead of the usual ones.")
     ] = None,
+    known_failures: Annotated[
+        Path | None,
+        typer.Option(help=f"Failures that do not fail the run. Default: {KNOWN_FAILURES}, if it is there."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the summary and the failures.")] = Path("kernelfuzz-out"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")] = False,
 ) -> None:
     """Fuzz kernels and report what fails.
 
-    Exit status: 0 no failure, 1 failures, 2 usage or environment, 130 interrupted before a failure was found.
+    Exit status: 0 no failure that is not known, 1 failures, 2 usage or environment, 130 interrupted before one was
+    found.
     """
     console = Console(stderr=as_json, highlight=False, emoji=False)
     where = None if device is None else parse_device(device)
-    if case is not None:
-        if any(option is not None for option in (examples, time, seed, workers, regime)):
-            raise KernelfuzzError("--case runs one case: leave out --examples, --time, --seed, --workers and --regime")
-        tool = _sanitizer(sanitizer)
-
-        def isolation_of(jobs: list[Job]) -> Isolation:
-            return _isolation(jobs, isolate, None, tool)
-
-        saved = read_case(case)
-        raise typer.Exit(replay_case(saved, targets or [], kernel or [], where, isolation_of, console, as_json))
     for name in targets or []:
         get_target(name)
+    if known_failures is None and Path(KNOWN_FAILURES).exists():
+        known_failures = Path(KNOWN_FAILURES)
+    known = () if known_failures is None else read_known_failures(known_failures)
     budget = _budget(examples, time)
-    tool = _sanitizer(sanitizer)
+    tool = sanitizer_tool(sanitizer)
     jobs, skipped = _jobs(targets or [], kernel or [], where)
-    isolation = _isolation(jobs, isolate, workers, tool)
+    isolation = isolation_of(jobs, isolate, workers, tool)
     chosen_regime = require_regime(regime, jobs)
     jobs, left_out = in_regime(chosen_regime, jobs)
     if chosen_regime == "huge":
@@ -97,12 +95,10 @@ def run(
     lock = _take(out)
     seed = random.randrange(2**32) if seed is None else seed
 
-    interruption = _Interruption()
-    for number in _SIGNALS:
-        signal.signal(number, interruption.request)
-    summary = Summary()
+    interruption = Interruption()
+    summary = Summary(known)
     files = FailureFiles(out, seed, tool)
-    display = Display(console, summary, files, [] if tool is None else ["--sanitizer", tool])
+    display = Display(console, summary, files)
     summary_file = SummaryFile(out, summary)
     bus = events.Bus([summary, files, summary_file, display, interruption])
     try:
@@ -122,15 +118,18 @@ def run(
     raise typer.Exit(2 if summary.broken or summary_file.problem else 0)
 
 
-class _Interruption:
-    """Ends the run on the first signal, and lets nothing interrupt its summary.
+class Interruption:
+    """Ends the command on the first signal, and lets nothing interrupt what it says at its end.
 
     SIGTERM does as Ctrl-C, which a shell has ignored for what it starts in the background. An exception that is raised
-    in the midst of a garbage collection is lost, so that a consumer of events raises it once more.
+    in the midst of a garbage collection is lost, so that it is to be raised once more: by `check`, or by this as a
+    consumer of events.
     """
 
     def __init__(self) -> None:
         self._is_requested = False
+        for number in _SIGNALS:
+            signal.signal(number, self.request)
 
     def request(self, number: int, frame: FrameType | None) -> None:
         """Take a signal."""
@@ -140,10 +139,15 @@ class _Interruption:
         self._is_requested = True
         raise KeyboardInterrupt
 
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if a signal came."""
+        if self._is_requested:
+            raise KeyboardInterrupt
+
     def __call__(self, event: events.Event) -> None:
         """Raise KeyboardInterrupt if a signal came before this case was finished."""
-        if self._is_requested and isinstance(event, events.CaseFinished):
-            raise KeyboardInterrupt
+        if isinstance(event, events.CaseFinished):
+            self.check()
 
 
 def _jobs(targets: list[str], kernels: list[str], device: torch.device | None) -> tuple[list[Job], list[Skipped]]:
@@ -157,31 +161,6 @@ def _jobs(targets: list[str], kernels: list[str], device: torch.device | None) -
             f"nothing can run here: {reasons}; 'kernelfuzz releases fetch --pinned' fetches the newest"
         )
     return jobs, skipped
-
-
-def _sanitizer(name: str | None) -> Tool | None:
-    """Return the sanitizer's tool of that name. Raises KernelfuzzError if there is none, or it is not installed."""
-    if name is None:
-        return None
-    for tool in get_args(Tool):
-        if tool == name:
-            find_sanitizer()
-            return cast(Tool, tool)
-    raise KernelfuzzError(f"--sanitizer {name!r}: expected one of {', '.join(get_args(Tool))}")
-
-
-def _isolation(jobs: list[Job], isolate: bool, workers: int | None, tool: Tool | None) -> Isolation:
-    """Return where the jobs run. Raises KernelfuzzError for what they cannot be run in."""
-    if workers is not None and workers < 1:
-        raise KernelfuzzError(f"--workers {workers}: expected at least 1")
-    for job in jobs:
-        if tool is not None and job.device.type != "cuda":
-            raise KernelfuzzError(f"--sanitizer watches CUDA kernels only: {job} is none, add --device cuda")
-        if not isolate and job.device.type != "cpu":
-            raise KernelfuzzError(f"--no-isolate: {job} could leave the device unusable for all that follows")
-    if not isolate and (len(jobs) > 1 or workers is not None or tool is not None):
-        raise KernelfuzzError("--no-isolate runs one target and one kernel in this process: name them, and no workers")
-    return Isolation(isolate, workers, tool)
 
 
 def _budget(examples: int | None, time: str | None) -> Budget:

@@ -27,7 +27,8 @@ Progress = Callable[[str, int, int | None], None]
 
 _POLL_SECONDS = 0.1
 _UNITS = {"bytes": 1, "kB": 1e3, "MB": 1e6}
-_OFFLINE = re.compile(r"Retrying \(|ConnectionError|Max retries exceeded|name resolution|timed out", re.IGNORECASE)
+OFFLINE = re.compile(r"Retrying \(|ConnectionError|Max retries exceeded|name resolution|timed out", re.IGNORECASE)
+"""What pip prints when it reaches no package index."""
 
 
 def download(package: str, version: str, folder: Path, progress: Progress) -> Path:
@@ -35,14 +36,11 @@ def download(package: str, version: str, folder: Path, progress: Progress) -> Pa
 
     Raises `KernelfuzzError` with pip's reason when there is none, and OSError (ENOSPC) when the disk is full.
     """
-    if importlib.util.find_spec("pip") is None:
-        raise KernelfuzzError(
-            f"fetching a release needs pip, which {sys.executable} lacks: run '{sys.executable} -m ensurepip'"
-        )
+    command = pip_command("download", f"{package}=={version}", "--dest", str(folder), "--no-deps", "--progress-bar=off")
     temporary = folder / "pip"
     temporary.mkdir()
     lines: list[str] = []
-    with _running(_command(package, version, folder), temporary) as pip:
+    with _running(command, temporary) as pip:
         assert pip.stdout is not None
         reader = threading.Thread(target=_collect, args=(pip.stdout, lines), daemon=True)
         reader.start()
@@ -57,11 +55,16 @@ def download(package: str, version: str, folder: Path, progress: Progress) -> Pa
     return wheel
 
 
-def _command(package: str, version: str, folder: Path) -> list[str]:
-    command = [sys.executable, "-m", "pip", "download", f"{package}=={version}", "--dest", str(folder)]
-    command += ["--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
+def pip_command(*arguments: str) -> list[str]:
+    """Return the command that runs pip with these arguments, looking for released wheels whatever this machine's Python
+    and platform. Raises `KernelfuzzError` where there is no pip."""
+    if importlib.util.find_spec("pip") is None:
+        raise KernelfuzzError(
+            f"fetching a release needs pip, which {sys.executable} lacks: run '{sys.executable} -m ensurepip'"
+        )
+    command = [sys.executable, "-m", "pip", *arguments, "--only-binary=:all:", "--ignore-requires-python"]
     # pip's own cache would keep the whole wheel, of which a release needs a fraction.
-    command += ["--no-cache-dir", "--no-input", "--no-color", "--progress-bar=off", "--disable-pip-version-check"]
+    command += ["--no-cache-dir", "--no-input", "--no-color", "--disable-pip-version-check"]
     command += ["--implementation=cp", "--python-version=3.12"]
     return command + [f"--platform={tag}" for tag in _platform_tags()]
 
@@ -120,29 +123,34 @@ def _failure(package: str, version: str, lines: list[str]) -> KernelfuzzError | 
     if match := re.search(r"from versions: ([^)\n]*)\)", text):
         if nearest := _nearest(version, match[1].split(",")):
             return KernelfuzzError(f"there is no {wanted} for this pip to get; the nearest are {', '.join(nearest)}")
-        if _OFFLINE.search(text):
+        if OFFLINE.search(text):
             return KernelfuzzError(f"cannot fetch {wanted}: pip reaches no package index; check the network")
         return KernelfuzzError(
             f"cannot fetch {wanted}: pip finds no release of {package}; check the network and 'pip config list'"
         )
     if re.search(r"has an invalid wheel|is invalid|BadZipFile|do not match the hashes", text, re.IGNORECASE):
         return KernelfuzzError(f"the wheel that pip got for {wanted} is corrupt: fetch it again")
-    if _OFFLINE.search(text):
+    if OFFLINE.search(text):
         return KernelfuzzError(f"cannot fetch {wanted}: the connection to the package index failed; try again")
     errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["it printed nothing"]
     return KernelfuzzError(f"cannot fetch {wanted}, pip says: {errors[-1].removeprefix('ERROR:').strip()}")
 
 
 def _nearest(version: str, published: list[str], each_side: int = 2) -> list[str]:
+    versions = in_order(published)
+    place = bisect(versions, Version(version))
+    return [str(near) for near in versions[max(0, place - each_side) : place + each_side]]
+
+
+def in_order(texts: list[str]) -> list[Version]:
+    """Return the versions among what pip listed, the oldest first."""
     versions = []
-    for text in published:
+    for text in texts:
         try:
             versions.append(Version(text.strip()))
         except InvalidVersion:  # "none", and names from before versions were standardised
             continue
-    versions.sort()
-    place = bisect(versions, Version(version))
-    return [str(near) for near in versions[max(0, place - each_side) : place + each_side]]
+    return sorted(versions)
 
 
 def wheel_version(wheel: Path, package: str) -> str:

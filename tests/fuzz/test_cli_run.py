@@ -14,7 +14,6 @@ import pytest
 
 from kernelfuzz.fuzz import sanitizer
 from kernelfuzz.fuzz.targets import TARGETS
-from kernelfuzz.strategies.case import to_json
 
 RIGHT, TWO_BUGS, FLAKY = (f"engine_kernels:{name}" for name in ("right", "two_bugs", "wrong_in_three_of_ten"))
 WRONG_NAME = "bgmv.engine_kernels-two_bugs.wrong_value.output.product"
@@ -77,7 +76,7 @@ def test_failures_are_exit_status_1(campaign):
 
 def test_json_is_all_of_stdout_and_the_rest_is_on_stderr(campaign, summary, folder):
     assert as_json((folder / "out" / "summary.json").read_text()) == summary
-    for name in (WRONG_NAME, RAISED_NAME, FLAKY_NAME, "see it again: kernelfuzz run bgmv --kernel", "3 failure(s)"):
+    for name in (WRONG_NAME, RAISED_NAME, FLAKY_NAME, "see it again: kernelfuzz replay ", "3 failure(s)"):
         assert name in campaign.stderr
     assert "Traceback" not in campaign.stderr
 
@@ -161,35 +160,6 @@ def test_same_seed_same_result(summary, folder, worker_environment):
         first, second = (folder / out / "failures" / name for out in ("out", "again"))
         for file in ("case.json", "failure.json"):
             assert (first / file).read_text() == (second / file).read_text()
-
-
-def test_saved_case_shows_its_failure_again(kernelfuzz, campaign, folder):
-    path = folder / "out" / "failures" / WRONG_NAME / "case.json"
-    both = kernelfuzz("run", "--case", path, "bgmv", "--kernel", TWO_BUGS, "--kernel", RIGHT, "--device", "cpu")
-    assert (both.status, both.err) == (1, "")
-    lines = both.out.splitlines()
-    assert f"bgmv on {TWO_BUGS} (cpu) [user]: FAILED" in lines
-    assert f"  wrong_value  {WRONG_NAME}" in lines
-    assert f"bgmv on {RIGHT} (cpu) [user]: passed" in lines
-    assert "rows=9" in both.out
-
-
-def test_saved_case_passes_on_a_right_kernel(kernelfuzz, campaign, folder):
-    path = folder / "out" / "failures" / RAISED_NAME / "case.json"
-    outcome = kernelfuzz("run", "--case", path, "bgmv", "--kernel", RIGHT, "--json")
-    assert outcome.status == 0
-    (result,) = as_json(outcome.out)
-    assert (result["kernel"], result["device"], result["failures"]) == (RIGHT, "cpu", [])
-    assert "passed" in outcome.err
-
-
-def test_infinite_error_is_json_too(kernelfuzz, tmp_path, shrink_case):
-    (tmp_path / "case.json").write_text(json.dumps(to_json(shrink_case(2))))
-    (tmp_path / "kernels_here.py").write_text("def nan(inputs, outputs):\n    outputs['output'].fill_(float('nan'))\n")
-    outcome = kernelfuzz("run", "bgmv", "--case", "case.json", "--kernel", "kernels_here:nan", "--json")
-    (result,) = as_json(outcome.out)
-    assert (outcome.status, result["ratio"]) == (1, "inf")
-    assert result["failures"][0]["elements"][0]["actual"] == "nan"
 
 
 # Other ways to end.
@@ -492,88 +462,6 @@ def test_bad_input_is_one_line(kernelfuzz, tmp_path, monkeypatch, arguments, tex
 
 def test_nothing_to_run_is_one_line(kernelfuzz, monkeypatch):
     assert_one_line(kernelfuzz("run", "fused_moe_lora", "--device", "cpu"), "nothing can run here", "releases fetch")
-
-
-SAVED = {
-    "truncated": ('{"schema": 1, "target": "bg', "is not JSON"),
-    "empty": ("", "is not JSON"),
-    "binary": (b"\x89PNG\r\n\xff", "is not JSON"),
-    "list": ("[]", "not a case file: it is not an object"),
-    "no_schema": ('{"target": "bgmv", "case": {}}', "it has no schema number"),
-    "other_schema": ('{"schema": 2, "target": "bgmv", "case": {}}', "has schema 2, this kernelfuzz reads schema 1"),
-    "unknown_target": ('{"schema": 1, "target": "no_such", "case": {}}', "unknown target 'no_such'"),
-    "no_target": ('{"schema": 1, "case": {}}', "unknown target 'None'"),
-    "no_fields": (
-        '{"schema": 1, "target": "bgmv", "case": {}}',
-        "fields of case missing or unknown: accumulate, batch",
-    ),
-    "no_case": ('{"schema": 1, "target": "bgmv"}', "case is None, expected an object"),
-}
-
-
-@pytest.mark.parametrize("name", SAVED)
-def test_malformed_case_file_is_one_line(kernelfuzz, tmp_path, name):
-    content, text = SAVED[name]
-    (tmp_path / "case.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert_one_line(kernelfuzz("run", "--case", "case.json"), "case.json", text)
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"width": "1"}, "case.width is '1', expected int"),
-        ({"width": None}, "case.width is None, expected int"),
-        ({"scale": True}, "case.scale is True, expected float"),
-        ({"op": "shrinks"}, "case.op is 'shrinks'"),
-        ({"batch": {"segments": [{"adapter": 0}]}}, "fields of case.batch.segments[0] missing or unknown: length"),
-        ({"colour": "red"}, "fields of case missing or unknown: colour"),
-    ],
-)
-def test_wrong_field_of_a_case_file_is_named(kernelfuzz, tmp_path, shrink_case, change, text):
-    document = to_json(shrink_case(1))
-    document["case"] |= change
-    (tmp_path / "case.json").write_text(json.dumps(document))
-    assert_one_line(kernelfuzz("run", "--case", "case.json"), "case.json: malformed case file: ", text)
-
-
-def test_case_file_that_cannot_be_read_is_one_line(kernelfuzz, tmp_path):
-    missing = kernelfuzz("run", "--case", "missing.json")
-    assert_one_line(missing, "cannot read case file missing.json: No such file or directory")
-    assert_one_line(kernelfuzz("run", "--case", "."), "cannot read case file .: Is a directory")
-
-
-@pytest.mark.parametrize(
-    "options",
-    [("--workers", "2"), ("--regime", "huge"), ("--seed", "1"), ("--time", "5s"), ("--sanitizer", "memcheck")],
-    ids=" ".join,
-)
-def test_option_that_means_nothing_for_one_case_is_refused(kernelfuzz, tmp_path, shrink_case, monkeypatch, options):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(sanitizer, "DEFAULT_CUDA", tmp_path)
-    (tmp_path / "case.json").write_text(json.dumps(to_json(shrink_case(1))))
-    outcome = kernelfuzz("run", "--case", "case.json", "--kernel", RIGHT, *options)
-    assert outcome.status == 2
-    assert outcome.err.startswith("error: ")
-
-
-def test_one_case_can_be_run_in_the_commands_own_process(tmp_path, worker_environment, shrink_case):
-    (tmp_path / "case.json").write_text(json.dumps(to_json(shrink_case(9))))
-    options = ("--case", "case.json", "--no-isolate")
-    command = ["-c", "from kernelfuzz.fuzz.cli import main; main()", "run", "--kernel", TWO_BUGS, *options]
-    environment = {**worker_environment, "KERNELFUZZ_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (1, "")
-    assert f"wrong_value  {WRONG_NAME}" in done.stdout
-
-
-def test_case_goes_with_its_own_target_and_no_budget(kernelfuzz, tmp_path, shrink_case):
-    (tmp_path / "case.json").write_text(json.dumps(to_json(shrink_case(1))))
-    foreign = kernelfuzz("run", "moe_lora_align", "--case", "case.json")
-    assert_one_line(foreign, "the case is for target bgmv, not moe_lora_align")
-    assert_one_line(kernelfuzz("run", "--case", "case.json", "--examples", "5"), "leave out --examples, --time, --seed")
-    assert_one_line(kernelfuzz("run", "--case", "case.json", "--kernel", "no_such"), "no kernel 'no_such'")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from kernelfuzz.fuzz import events
 from kernelfuzz.fuzz.console import Display
-from kernelfuzz.fuzz.files import FailureFiles
+from kernelfuzz.fuzz.failure_files import FailureFiles
 from kernelfuzz.fuzz.summary import Summary
 
 

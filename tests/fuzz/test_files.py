@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import torch
 
 from kernelfuzz.fuzz import events
 from kernelfuzz.fuzz.executor import Request
-from kernelfuzz.fuzz.files import FailureFiles, InFlightFile, SummaryFile, read_case, write_json
+from kernelfuzz.fuzz.failure_files import FailureFiles
+from kernelfuzz.fuzz.files import InFlightFile, SummaryFile, read_case, write_json
 from kernelfuzz.fuzz.summary import Summary
 from kernelfuzz.fuzz.verdict import Failure, Verdict
 from kernelfuzz.strategies.case import to_json
@@ -67,40 +67,8 @@ def test_case_is_read_back_as_it_was(tmp_path, shrink_case):
 
 def test_case_file_that_is_none_is_named(tmp_path):
     (tmp_path / "case.json").write_text("{")
-    with pytest.raises(KernelfuzzError, match=f"case file {tmp_path / 'case.json'} is not JSON"):
+    with pytest.raises(KernelfuzzError, match=f"{tmp_path / 'case.json'} is not JSON"):
         read_case(tmp_path / "case.json")
-
-
-def test_failure_is_saved_as_found_and_again_when_shrunk(tmp_path, engine_job, shrink_case):
-    files = FailureFiles(tmp_path, seed=3)
-    job = engine_job("right")
-    files(events.FailureFound(job, NAME, WRONG, shrink_case(100), 17))
-    folder = tmp_path / "failures" / NAME
-    failure = json.loads((folder / "failure.json").read_text())
-    assert failure.pop("environment")["torch"] == torch.__version__
-    assert failure == {
-        "schema": 1,
-        "fingerprint": NAME,
-        "target": "bgmv",
-        "kernel": "engine_kernels:right",
-        "device": "cpu",
-        "kind": "wrong_value",
-        "output": "output",
-        "clause": "product",
-        "message": "wrong",
-        "elements": [{"index": [0, 1], "expected": 1.5, "actual": "nan"}],
-        "output_tail": "",
-        "shrunk": False,
-        "examples": 17,
-        "seed": 3,
-        "sanitizer": None,
-    }
-    assert read_case(folder / "case.json") == shrink_case(100)
-
-    files(events.FailureFound(job, NAME, WRONG, shrink_case(9), 17, shrunk=True))
-    assert json.loads((folder / "failure.json").read_text())["shrunk"] is True
-    assert read_case(folder / "case.json") == shrink_case(9)
-    assert names(folder) == ["case.json", "failure.json"]
 
 
 def test_other_events_write_nothing(tmp_path, engine_job, shrink_case):
@@ -161,20 +129,6 @@ def test_case_that_the_harness_could_not_judge_is_saved(tmp_path, engine_job, sh
     (path,) = (tmp_path / "errors").iterdir()
     assert "ZeroDivisionError" in path.name
     assert read_case(path) == shrink_case(5)
-
-
-def test_failure_that_cannot_be_written_is_written_later(tmp_path, engine_job, shrink_case):
-    (tmp_path / "failures").touch()  # where a folder has to be
-    files = FailureFiles(tmp_path, seed=3)
-    found = events.FailureFound(engine_job("right"), NAME, WRONG, shrink_case(100), 17)
-    files(found)
-    assert not files.is_saved(found)
-    assert files.problem == f"cannot write {tmp_path / 'failures' / NAME / 'case.json'}: Not a directory"
-    (tmp_path / "failures").unlink()
-    files(events.CampaignFinished())
-    assert files.is_saved(found)
-    assert files.problem == ""
-    assert read_case(tmp_path / "failures" / NAME / "case.json") == shrink_case(100)
 
 
 def test_cases_that_were_running_are_there_after_a_kill(tmp_path, engine_job, shrink_case):

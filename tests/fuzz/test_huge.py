@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from kernelfuzz.fuzz import buffers, regimes
+from kernelfuzz.fuzz.generation import draw
 from kernelfuzz.fuzz.job import named_jobs
 from kernelfuzz.fuzz.launch import Conditions, judge_alone
 from kernelfuzz.fuzz.regimes import free_memory, in_regime, require_regime
-from kernelfuzz.fuzz.search import draw
 from kernelfuzz.fuzz.targets import get_target
 from kernelfuzz.kernels.base import Kernel
 from kernelfuzz.strategies import huge

@@ -38,7 +38,10 @@ class Run:
     """One search and everything that was seen of it. It is the search's executor too."""
 
     def __init__(self, job, judge, limit=None, deadline=None, seeds=1, delay=0):
+        self.launched = []
         self.cases = []
+        self.again = []
+        """Launches: all; those that look for failures or shrink one; those that say how reliably one fails."""
         self.events = []
         self.judge = judge
         self.recorded = []
@@ -48,7 +51,8 @@ class Run:
         self.search = search.Search(job, self, bus, limit, deadline, seeds, self.recorded.append)
 
     def run(self, request):
-        self.cases.append(request.case)
+        self.launched.append(request.case)
+        (self.again if request.maps else self.cases).append(request.case)
         for number, seed in enumerate(request.seeds, start=1):
             verdict = self.judge(dataclasses.replace(request.case, seed=seed))
             if verdict.failures:
@@ -140,12 +144,26 @@ def test_failure_that_was_seen_in_passing_is_shrunk_in_the_end(run, shrink_case)
         assert len({event.examples for event in done.found if event.fingerprint == name}) == 1, "when it was first seen"
 
 
-def test_two_failures_of_one_case_are_two_bugs(run):
-    both = Verdict((RAISED, WRONG))
-    done = run(lambda case: both if rank(case) > 8 else Verdict(), limit=100)()
-    assert len(done.found) == 4
-    assert set(done.shrunk) == {WRONG_NAME, RAISED_NAME}
-    assert {rank(case) for case in done.shrunk.values()} == {9}
+def test_what_the_smallest_case_shows_is_one_bug(run):
+    done = run(lambda case: Verdict((RAISED, WRONG) if rank(case) > 8 else ()), limit=100)()
+    first, last = done.found
+    assert (first.fingerprint, last.fingerprint) == (RAISED_NAME, RAISED_NAME)
+    assert (rank(last.case), last.failure, last.symptoms) == (9, RAISED, (WRONG,))
+    assert last.withdrawn == [WRONG_NAME]
+    assert done.search.reported.keys() == {RAISED_NAME, WRONG_NAME}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bug_that_is_met_under_a_lesser_name_is_called_by_its_first_failure(run, seed, shrink_case):
+    """Above rank 100 one of two failures is hidden; the smallest case shows both."""
+
+    def judge(case):
+        return Verdict(() if rank(case) <= 8 else (WRONG,) if rank(case) > 100 else (RAISED, WRONG))
+
+    ranks = st.one_of(st.integers(1, 300), st.integers(101, 300)).map(shrink_case)
+    done = run(judge, limit=60)(ranks, seed=seed)
+    assert {name: rank(case) for name, case in done.shrunk.items()} == {RAISED_NAME: 9}
+    assert [event.symptoms for event in done.found if event.shrunk][-1] == (WRONG,)
 
 
 def test_shrinking_does_not_slip_from_one_bug_to_another(run):
@@ -172,6 +190,10 @@ def test_kernel_that_fails_now_and_then_is_reported_once(run, seed):
     assert {first.case, last.case} <= failed
     assert done.search.examples == 100
     launches = sum(isinstance(event, events.CaseFinished) for event in done.events[: done.events.index(last)])
+    launches -= len(done.again)
+    assert 10 <= len(done.again) <= 20, "what was shrunk to, and then what was found"
+    assert last.runs == 10
+    assert 0 < last.failed_runs < 10
     assert len(set(done.cases[:launches])) == launches, "a case keeps the verdict that it had until its bug is shrunk"
 
 
@@ -197,7 +219,7 @@ def test_answers_that_come_late_change_nothing(run, judge):
 def test_what_failed_among_drawn_cases_is_not_launched_again_to_shrink_it(run):
     done = run(wrong_above_rank_8, limit=120)(seed=3)
     until_shrunk = done.events[: done.events.index(done.found[-1])]
-    launches = sum(isinstance(event, events.CaseFinished) for event in until_shrunk)
+    launches = sum(isinstance(event, events.CaseFinished) for event in until_shrunk) - len(done.again)
     assert len(set(done.cases[:launches])) == launches
 
 
@@ -209,7 +231,7 @@ def test_first_failing_seed_of_a_structure_is_pinned(run):
     for event in done.found:
         assert fails(event.case).failures
     finished = [event for event in done.events if isinstance(event, events.CaseFinished)]
-    assert all(event.verdict.cases == 4 for event in finished if not event.verdict.failures)
+    assert all(event.verdict.cases == 4 for event in finished if not (event.verdict.failures or event.shrinking))
     assert sum(not event.shrinking for event in finished) <= 60
 
 
@@ -276,8 +298,8 @@ def test_search_gives_up_when_the_harness_judges_next_to_nothing(run):
 def test_every_launch_is_emitted_with_its_regimes(run):
     done = run(two_bugs, limit=60)()
     finished = [event for event in done.events if isinstance(event, events.CaseFinished)]
-    assert [event.regimes for event in finished] == [BGMV.regimes(case) for case in done.cases]
-    assert [event.verdict for event in finished] == [two_bugs(case) for case in done.cases]
+    assert [event.regimes for event in finished] == [BGMV.regimes(case) for case in done.launched]
+    assert [event.verdict for event in finished] == [two_bugs(case) for case in done.launched]
     assert any(event.shrinking for event in finished)
     assert len([event for event in finished if not event.shrinking]) <= 60
     counts = [event.examples for event in finished]
@@ -411,7 +433,7 @@ def test_kernel_that_cannot_be_loaded_again_ends_the_search_at_once(run):
     assert done.shrunk.keys() == {WRONG_NAME, RAISED_NAME}
     assert done.found[-1].failure in two_bugs(done.found[-1].case).failures
     launched = [event for event in done.events if isinstance(event, events.CaseFinished)]
-    assert len(done.cases) == len(launched) + 1
+    assert len(done.launched) == len(launched) + 1
 
 
 # What a seed and a database decide.

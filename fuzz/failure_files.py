@@ -1,0 +1,132 @@
+"""The folder of a failure as a campaign writes it."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from kernelfuzz.fuzz import picture, reproducer
+from kernelfuzz.fuzz.events import CampaignFinished, CaseFinished, Event, FailureFound, JobStarted
+from kernelfuzz.fuzz.failure_folder import SCHEMA
+from kernelfuzz.fuzz.files import write_file, write_json
+from kernelfuzz.fuzz.issue_text import issue_text
+from kernelfuzz.fuzz.job import Job
+from kernelfuzz.fuzz.names import file_name
+from kernelfuzz.fuzz.summary import environment
+from kernelfuzz.strategies.case import to_json
+from kernelfuzz.strategies.errors import KernelfuzzError
+
+
+class FailureFiles:
+    """Keeps a folder for each bug below `folder`/failures up to date, and cases that the harness could not judge in
+    `errors/`. A consumer of events.
+
+    A folder holds case.json and failure.json as soon as the failure is found, and once it is shrunk README.md, repro.py
+    and, where the kernel's memory could be looked at, writemap.png. A second kernel with the same fingerprint in one
+    campaign gets a folder that names it too. What cannot be written is tried again with the next failure and at the
+    end; `problem` says what could not be.
+    """
+
+    def __init__(self, folder: Path, seed: int, sanitizer: str | None = None) -> None:
+        self.problem = ""
+        self._folder = folder
+        self._seed = seed
+        self._sanitizer = sanitizer
+        self._owners: dict[str, Job] = {}
+        self._versions: dict[str, str] = {}
+        self._first_seen: dict[Path, str] = {}
+        self._unsaved: dict[Path, Callable[[Path], None]] = {}
+
+    def folder(self, found: FailureFound) -> Path:
+        """Return the folder of a failure."""
+        return self._named(found.job, found.fingerprint)
+
+    def _named(self, job: Job, fingerprint: str) -> Path:
+        owner = self._owners.setdefault(fingerprint, job)
+        name = fingerprint if owner is job else file_name(fingerprint, str(job.kernel), str(job.device))
+        return self._folder / "failures" / name
+
+    def is_saved(self, found: FailureFound) -> bool:
+        """Whether the failure's case is on disk."""
+        return self.folder(found) / "case.json" not in self._unsaved
+
+    def __call__(self, event: Event) -> None:
+        """Write a failure as soon as it is found, and again when it is shrunk."""
+        match event:
+            case JobStarted(job, version):
+                self._versions[str(job)] = version
+                return
+            case FailureFound():
+                self._take(event)
+            case CaseFinished(job, case, _, verdict) if verdict.error:
+                name = file_name(str(job), verdict.error)[:120]
+                self._unsaved[self._folder / "errors" / f"{name}.json"] = _json(to_json(case))
+            case CampaignFinished():
+                pass
+            case _:
+                return
+        problems = []
+        for path, write in list(self._unsaved.items()):
+            try:
+                write(path)
+                del self._unsaved[path]
+            except KernelfuzzError as error:
+                problems.append(str(error))
+            except Exception as error:  # a script or picture that cannot be made must not end the campaign
+                problems.append(f"cannot write {path}: {type(error).__name__}: {error}")
+        self.problem = problems[0] if problems else ""
+
+    def _take(self, found: FailureFound) -> None:
+        """Plan what must be written of a failure, and take away the folders of what turned out to be the same bug."""
+        folder, now = self.folder(found), datetime.now(timezone.utc).isoformat(timespec="seconds")
+        earliest = self._first_seen.setdefault(folder, now)
+        for name in found.withdrawn:
+            other = self._named(found.job, name)
+            earliest = min(earliest, self._first_seen.pop(other, now))
+            self._unsaved = {path: write for path, write in self._unsaved.items() if path.parent != other}
+            shutil.rmtree(other, ignore_errors=True)
+        self._first_seen[folder] = earliest
+        document = self._document(found, earliest)
+        self._unsaved[folder / "case.json"] = _json(to_json(found.case))
+        self._unsaved[folder / "failure.json"] = _json(document)
+        if not found.shrunk:
+            return
+        self._unsaved[folder / "README.md"] = _text(issue_text(found, document))
+        self._unsaved[folder / "repro.py"] = lambda path: write_file(path, self._script(found))
+        if found.maps:
+            title = f"{found.job.kernel}: {found.failure.message}"
+            self._unsaved[folder / "writemap.png"] = lambda path: picture.draw(found.maps, title, path)
+
+    def _script(self, found: FailureFound) -> str:
+        version = self._versions.get(str(found.job), "")
+        return reproducer.script(found.job, found.case, found.failure, version=version, sanitizer=self._sanitizer)
+
+    def _document(self, found: FailureFound, first_seen: str) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "fingerprint": found.fingerprint,
+            "target": found.job.target.name,
+            "kernel": str(found.job.kernel),
+            "version": self._versions.get(str(found.job), ""),
+            "device": str(found.job.device),
+            **dataclasses.asdict(found.failure),
+            "symptoms": [dataclasses.asdict(failure) for failure in found.symptoms],
+            "shrunk": found.shrunk,
+            "failed_runs": found.failed_runs,
+            "runs": found.runs,
+            "examples": found.examples,
+            "seed": self._seed,
+            "sanitizer": self._sanitizer,
+            "first_seen": first_seen,
+            "environment": environment(),
+        }
+
+
+def _json(document: Any) -> Callable[[Path], None]:
+    return lambda path: write_json(path, document)
+
+
+def _text(content: str) -> Callable[[Path], None]:
+    return lambda path: write_file(path, content)

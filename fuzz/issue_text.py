@@ -1,0 +1,93 @@
+"""What a failure folder's README.md says: text that is ready to be pasted into an issue tracker."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kernelfuzz.fuzz.events import FailureFound
+from kernelfuzz.fuzz.readable import case_lines, element_lines
+
+_WHAT = {
+    "crash": "ends the process or leaves the device unusable",
+    "hang": "does not return",
+    "out_of_bounds": "reads or writes outside its tensors",
+    "race": "has a data race",
+    "uninitialised_read": "reads memory that nothing has written",
+    "raised": "raises on a legal call",
+    "not_raised": "accepts a call that it must refuse",
+    "input_mutated": "writes to an input",
+    "overwritten": "changes elements that it must leave alone",
+    "unwritten": "leaves elements unwritten",
+    "wrong_value": "computes wrong values",
+}
+
+
+def issue_text(found: FailureFound, document: Mapping[str, Any]) -> str:
+    """Return Markdown for a failure; `document` is the content of its failure.json."""
+    return "\n".join(_lines(found, document)) + "\n"
+
+
+def _lines(found: FailureFound, document: Mapping[str, Any]) -> Iterator[str]:
+    failure, job = found.failure, found.job
+    yield f"# {job.kernel.package}: {job.target.name} {_WHAT[failure.kind]}"
+    yield ""
+    yield _sentence(failure.message)
+    yield ""
+    yield from _code([line.plain.strip() for line in element_lines(failure.elements)])
+    if failure.output_tail.strip():
+        yield "The process said last:"
+        yield ""
+        yield from _code(failure.output_tail.strip().splitlines()[-12:])
+    for symptom in found.symptoms:
+        yield f"The same case shows: {_sentence(symptom.message)}"
+        yield ""
+    if found.maps:
+        yield "![What the kernel wrote](writemap.png)"
+        yield ""
+    yield "## How to see it"
+    yield ""
+    yield "`python repro.py` needs torch and the kernel's package. It exits with 1 while the bug is there and with 0"
+    yield "when it is fixed. With kernelfuzz: `kernelfuzz replay .` in this folder."
+    yield ""
+    yield _reliability(found)
+    yield ""
+    yield "## The smallest case found" if found.shrunk else "## The case as it was found; it could not be shrunk"
+    yield ""
+    yield from _code([line.plain.strip() for line in case_lines(found.case)])
+    yield "## Where it was found"
+    yield ""
+    rows = {
+        "kernel": f"{job.kernel} ({document['version']})" if document["version"] else str(job.kernel),
+        "device": document["device"],
+        "contract clause": failure.clause,
+        "fingerprint": found.fingerprint,
+        "first seen": f"{document['first_seen']}, example {found.examples:,} with seed {document['seed']}",
+        "sanitizer": document["sanitizer"] or "",
+        **document["environment"],
+    }
+    yield "| | |"
+    yield "|---|---|"
+    for name, value in rows.items():
+        if value:
+            yield f"| {name} | {str(value).replace('|', chr(92) + '|')} |"
+
+
+def _reliability(found: FailureFound) -> str:
+    if found.failed_runs == found.runs:
+        return f"The case failed each time it was run again ({found.runs} of {found.runs})."
+    if found.failed_runs:
+        return f"**Unreliable:** the case failed in {found.failed_runs} of {found.runs} runs."
+    return f"**Not seen again:** the case passed in {found.runs} runs of it alone."
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def _code(lines: list[str]) -> Iterator[str]:
+    """Return the lines as a block of code; nothing for none."""
+    if lines:
+        yield "```text"
+        yield from lines
+        yield "```"
+        yield ""

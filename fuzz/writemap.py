@@ -1,0 +1,174 @@
+"""Writemaps: what a launch did to each element of a tensor, in a form that can be sent, saved and drawn."""
+
+import base64
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+
+from kernelfuzz.fuzz.buffers import Guarded
+from kernelfuzz.fuzz.comparison import Comparison
+from kernelfuzz.oracles.expectation import Axes
+from kernelfuzz.strategies.layouts import Layout
+
+MOST_ROWS, MOST_COLUMNS = 160, 240
+"""A larger tensor is reduced to so many cells, each the worst of what it stands for, so that one wrong element shows."""
+
+MARGIN = 3
+"""At most so many rows before and after a tensor are shown where something was written there."""
+
+
+class Cell(IntEnum):
+    """What became of an element; the larger, the worse. Wrong elements are told apart by err/bound; an element that
+    must be exact, and a NaN, is as far off as can be."""
+
+    OUTSIDE = 0
+    FREE = 1
+    KEPT = 2
+    INPUT = 3
+    RIGHT = 4
+    UNWRITTEN = 5
+    WRONG = 6
+    WRONG_BY_10 = 7
+    WRONG_BY_1000 = 8
+    OVERWRITTEN = 9
+    MUTATED = 10
+    REDZONE = 11
+
+
+@dataclass(frozen=True)
+class OutputMap:
+    """What became of one tensor, as rows of its memory. Elements of an order-free group are shown sorted.
+
+    - name; is_input
+    - axes: what rows and columns are
+    - rows, columns: cells of the tensor
+    - above: rows before them; what follows the tensor's are rows after them
+    - width: columns of all rows; the gap between two rows of memory lies behind `columns`
+    - tile: how many rows and columns of memory a cell stands for, the worst of which it shows
+    - counts: elements by what became of them, those that are not shown included
+    - unseen: elements written outside the tensor, further away than the map shows
+    - cells: `Cell` values, uint8, row by row
+    """
+
+    name: str
+    is_input: bool
+    axes: Axes
+    rows: int
+    columns: int
+    above: int
+    width: int
+    tile: tuple[int, int]
+    counts: Mapping[str, int]
+    unseen: int
+    cells: bytes
+
+    @property
+    def height(self) -> int:
+        """Rows of cells, those before and after the tensor included."""
+        return len(self.cells) // self.width
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the map in JSON types."""
+        packed = base64.b64encode(zlib.compress(self.cells)).decode()
+        return {**asdict(self), "cells": packed}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "OutputMap":
+        """Return the map that `to_json` wrote."""
+        values = {
+            "axes": Axes(**document["axes"]),
+            "tile": tuple(document["tile"]),
+            "cells": zlib.decompress(base64.b64decode(document["cells"])),
+        }
+        return cls(**{**document, **values})
+
+
+def output_map(guarded: Guarded, axes: Axes, compared: Comparison, touched: torch.Tensor) -> OutputMap:
+    """Return the map of an output.
+
+    `touched` are the places of what was written outside it, int64 [n] in elements from the tensor's first.
+    """
+    cells = torch.full(compared.wrong.shape, Cell.FREE, dtype=torch.uint8, device=compared.wrong.device)
+    cells.masked_fill_(compared.must_keep, Cell.KEPT).masked_fill_(compared.must_write, Cell.RIGHT)
+    for clause in range(len(compared.expected.clauses)):
+        incorrect = compared.incorrect(clause)
+        cells.masked_fill_(incorrect, Cell.WRONG if compared.has_bound else Cell.WRONG_BY_1000)
+        if compared.has_bound:
+            cells.masked_fill_(incorrect & ~(compared.ratios <= 10), Cell.WRONG_BY_10)
+            cells.masked_fill_(incorrect & ~(compared.ratios <= 1000), Cell.WRONG_BY_1000)
+    cells.masked_fill_(compared.untouched, Cell.UNWRITTEN).masked_fill_(compared.overwritten, Cell.OVERWRITTEN)
+    return _map(guarded, axes, cells, touched)
+
+
+def input_map(guarded: Guarded, touched: torch.Tensor) -> OutputMap:
+    """Return the map of an input that something was written in or around, at the places `touched` as in
+    `output_map`."""
+    cells = torch.full((), Cell.INPUT, dtype=torch.uint8, device=touched.device).expand(guarded.tensor.shape)
+    return _map(guarded, Axes("row", "column"), cells, touched)
+
+
+def _map(guarded: Guarded, axes: Axes, cells: torch.Tensor, touched: torch.Tensor) -> OutputMap:
+    """Return the map of a tensor whose elements are `cells`."""
+    columns = max(1, axes.width or (cells.shape[-1] if cells.ndim else 1))
+    cells = cells.reshape(-1, columns)
+    rows = cells.shape[0]
+    layout = guarded.layout if guarded.tensor.ndim > 1 else Layout(step=guarded.layout.step)
+    pitch, step = layout.strides((rows, columns))
+    span = columns * step
+    row, column = touched // pitch, touched % pitch
+    inside = (row >= 0) & (row < rows) & (column < span) & (column % step == 0)
+
+    # A cell stands for whole steps, or the elements of a stepped row for every step-th cell.
+    down, across = max(1, -(-rows // MOST_ROWS)), -(-pitch // MOST_COLUMNS)
+    across = -(-across // step) * step if across > 1 else across
+    body = _worst(cells, (down, max(1, across // step)))
+    above = -(-min(MARGIN, max(0, -_least(row))) // down)
+    below = -(-min(MARGIN, max(0, -_least(rows - 1 - row))) // down)
+    body_rows, body_columns = -(-rows // down), -(-span // across)
+    has_gap = bool(((row >= 0) & (row < rows) & (column >= span)).any())
+    width = body_columns + (-(-(pitch - span) // across) if has_gap else 0)
+    grid = torch.full((above + body_rows + below, width), Cell.OUTSIDE, dtype=torch.uint8, device=cells.device)
+    grid[above : above + body_rows, : body_columns : max(1, step // across)] = body
+
+    # Rows and columns behind the tensor begin a tile of their own.
+    at_row = above + torch.where(row < rows, row // down, body_rows + (row - rows) // down)
+    at_column = torch.where(column < span, column // across, body_columns + (column - span) // across)
+    shown = (at_row >= 0) & (at_row < grid.shape[0]) & (at_column < width)
+    for which, cell in ((inside, Cell.MUTATED), (~inside & shown, Cell.REDZONE)):
+        grid[at_row[which], at_column[which]] = cell
+
+    counts = {cell.name: int((cells == cell).sum()) for cell in Cell if cell != Cell.OUTSIDE}
+    counts[Cell.MUTATED.name] = int(inside.sum())
+    counts[Cell.INPUT.name] -= counts[Cell.MUTATED.name]
+    counts[Cell.REDZONE.name] = int((~inside).sum())
+    return OutputMap(
+        guarded.name,
+        guarded.is_input,
+        axes,
+        rows=body_rows,
+        columns=body_columns,
+        above=above,
+        width=width,
+        tile=(down, across),
+        counts={name: count for name, count in counts.items() if count},
+        unseen=int((~inside & ~shown).sum()),
+        cells=bytes(grid.flatten().tolist()),
+    )
+
+
+def _least(places: torch.Tensor) -> int:
+    return int(places.min()) if places.numel() else 0
+
+
+def _worst(cells: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
+    """Return the worst cell of each tile; strip by strip, so that a large tensor is not copied."""
+    down, across = tile
+    if not cells.numel():
+        return cells
+    rows = torch.stack([strip.amax(0) for strip in cells.split(down)])
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % across))
+    return padded.unflatten(1, (-1, across)).amax(2)

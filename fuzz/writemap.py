@@ -15,7 +15,7 @@ from kernelfuzz.oracles.expectation import Axes
 from kernelfuzz.strategies.layouts import Layout
 
 MOST_ROWS, MOST_COLUMNS = 160, 240
-"""A larger tensor is reduced to so many cells, each the worst of what it stands for, so that one wrong element shows."""
+"""A larger tensor is reduced to so many cells, each the worst of what it stands for: one wrong element shows."""
 
 MARGIN = 3
 """At most so many rows before and after a tensor are shown where something was written there."""
@@ -125,14 +125,15 @@ def _map(guarded: Guarded, axes: Axes, cells: torch.Tensor, touched: torch.Tenso
     # A cell stands for whole steps, or the elements of a stepped row for every step-th cell.
     down, across = max(1, -(-rows // MOST_ROWS)), -(-pitch // MOST_COLUMNS)
     across = -(-across // step) * step if across > 1 else across
-    body = _worst(cells, (down, max(1, across // step)))
     above = -(-min(MARGIN, max(0, -_least(row))) // down)
     below = -(-min(MARGIN, max(0, -_least(rows - 1 - row))) // down)
     body_rows, body_columns = -(-rows // down), -(-span // across)
     has_gap = bool(((row >= 0) & (row < rows) & (column >= span)).any())
     width = body_columns + (-(-(pitch - span) // across) if has_gap else 0)
     grid = torch.full((above + body_rows + below, width), Cell.OUTSIDE, dtype=torch.uint8, device=cells.device)
-    grid[above : above + body_rows, : body_columns : max(1, step // across)] = body
+    if rows:
+        body = grid[above : above + body_rows, : body_columns : max(1, step // across)]
+        body.copy_(_worst(cells, down, max(1, across // step)))
 
     # Rows and columns behind the tensor begin a tile of their own.
     at_row = above + torch.where(row < rows, row // down, body_rows + (row - rows) // down)
@@ -141,10 +142,11 @@ def _map(guarded: Guarded, axes: Axes, cells: torch.Tensor, touched: torch.Tenso
     for which, cell in ((inside, Cell.MUTATED), (~inside & shown, Cell.REDZONE)):
         grid[at_row[which], at_column[which]] = cell
 
-    counts = {cell.name: int((cells == cell).sum()) for cell in Cell if cell != Cell.OUTSIDE}
-    counts[Cell.MUTATED.name] = int(inside.sum())
-    counts[Cell.INPUT.name] -= counts[Cell.MUTATED.name]
-    counts[Cell.REDZONE.name] = int((~inside).sum())
+    strips = torch.split(cells, down)
+    counts = torch.stack([torch.bincount(strip.flatten(), minlength=len(Cell)) for strip in strips]).sum(0)
+    counts[Cell.MUTATED] = inside.sum()
+    counts[Cell.INPUT] -= counts[Cell.MUTATED]
+    counts[Cell.REDZONE] = (~inside).sum()
     return OutputMap(
         guarded.name,
         guarded.is_input,
@@ -154,7 +156,7 @@ def _map(guarded: Guarded, axes: Axes, cells: torch.Tensor, touched: torch.Tenso
         above=above,
         width=width,
         tile=(down, across),
-        counts={name: count for name, count in counts.items() if count},
+        counts={cell.name: count for cell, count in zip(Cell, counts.tolist()) if count},
         unseen=int((~inside & ~shown).sum()),
         cells=bytes(grid.flatten().tolist()),
     )
@@ -164,11 +166,8 @@ def _least(places: torch.Tensor) -> int:
     return int(places.min()) if places.numel() else 0
 
 
-def _worst(cells: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
+def _worst(cells: torch.Tensor, down: int, across: int) -> torch.Tensor:
     """Return the worst cell of each tile; strip by strip, so that a large tensor is not copied."""
-    down, across = tile
-    if not cells.numel():
-        return cells
-    rows = torch.stack([strip.amax(0) for strip in cells.split(down)])
+    rows = torch.stack([strip.amax(0) for strip in torch.split(cells, down)])
     padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % across))
-    return padded.unflatten(1, (-1, across)).amax(2)
+    return padded.reshape(len(padded), -1, across).amax(2)

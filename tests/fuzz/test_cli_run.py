@@ -123,7 +123,7 @@ def test_every_failure_is_found_once(summary):
     assert flaky == [FLAKY_NAME]
 
 
-def test_failures_are_saved_and_shrunk(folder):
+def test_failures_are_saved_and_shrunk(summary, folder):
     failures = folder / "out" / "failures"
     assert {path.name for path in failures.iterdir()} == {WRONG_NAME, RAISED_NAME, FLAKY_NAME}
     for name, kind, output, clause in (
@@ -131,9 +131,12 @@ def test_failures_are_saved_and_shrunk(folder):
         (RAISED_NAME, "raised", "", "ValueError_in_two_bugs"),
         (FLAKY_NAME, "wrong_value", "output", "product"),
     ):
-        assert {path.name for path in (failures / name).iterdir()} == {"case.json", "failure.json"}
+        files = {"README.md", "case.json", "failure.json", "repro.py", "writemap.png"}
+        assert {path.name for path in (failures / name).iterdir()} == files
         failure = as_json((failures / name / "failure.json").read_text())
-        assert (failure["schema"], failure["fingerprint"], failure["shrunk"]) == (1, name, True)
+        assert (failure["schema"], failure["fingerprint"], failure["shrunk"]) == (2, name, True)
+        assert failure["runs"] == 10
+        assert (failure["failed_runs"] < 10) is (name == FLAKY_NAME)
         assert (failure["kind"], failure["output"], failure["clause"]) == (kind, output, clause)
         assert (failure["target"], failure["device"], failure["seed"]) == ("bgmv", "cpu", 7)
         assert 1 <= failure["examples"] <= 60
@@ -158,8 +161,13 @@ def test_same_seed_same_result(summary, folder, worker_environment):
     assert without_times(again) == without_times(summary)
     for name in (WRONG_NAME, RAISED_NAME, FLAKY_NAME):
         first, second = (folder / out / "failures" / name for out in ("out", "again"))
-        for file in ("case.json", "failure.json"):
+        for file in ("case.json", "repro.py"):
             assert (first / file).read_text() == (second / file).read_text()
+        assert (first / "writemap.png").read_bytes() == (second / "writemap.png").read_bytes()
+        failures = [as_json((each / "failure.json").read_text()) for each in (first, second)]
+        for failure in failures:
+            del failure["first_seen"]
+        assert failures[0] == failures[1]
 
 
 # Other ways to end.

@@ -256,10 +256,11 @@ def releases_between(package: str, first: str, last: str) -> ReleaseRange:
 def bisect_releases(versions: Sequence[str], trials: Trials) -> Boundary:
     """Search `versions`, the oldest first, for where the outcome changes.
 
-    A release that cannot run here is passed over for the nearest to it. Raises KernelfuzzError if one of the ends
-    cannot run here or both come out alike.
+    A release that cannot run here is passed over for the nearest to it, the ends too. Raises KernelfuzzError if none
+    can, or the first and the last that can come out alike.
     """
-    low, high = 0, len(versions) - 1
+    low = _first_that_runs(versions, range(len(versions)), trials)
+    high = _first_that_runs(versions, range(len(versions) - 1, low, -1), trials)
     trials.require_change(versions[low], versions[high])
     state = trials.outcomes[versions[low]].state
     skipped: set[int] = set()
@@ -273,3 +274,12 @@ def bisect_releases(versions: Sequence[str], trials: Trials) -> Boundary:
         else:
             high = middle
     return Boundary(versions[low], versions[high], tuple(versions[low + 1 : high]))
+
+
+def _first_that_runs(versions: Sequence[str], order: Sequence[int], trials: Trials) -> int:
+    """Return the first in this order of the versions' numbers that can run here. Raises KernelfuzzError if none can."""
+    for index in order:
+        if trials(versions[index]).state != "cannot run":
+            return index
+    reason = next(outcome.note for outcome in trials.outcomes.values() if outcome.state == "cannot run")
+    raise KernelfuzzError(f"fewer than two of the {len(versions)} releases can run here: {reason}")

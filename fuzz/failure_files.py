@@ -23,10 +23,10 @@ class FailureFiles:
     """Keeps a folder for each bug below `folder`/failures up to date, and cases that the harness could not judge in
     `errors/`. A consumer of events.
 
-    A folder holds case.json and failure.json as soon as the failure is found, and once it is shrunk README.md, repro.py
-    and, where the kernel's memory could be looked at, writemap.png. A second kernel with the same fingerprint in one
-    campaign gets a folder that names it too. What cannot be written is tried again with the next failure and at the
-    end; `problem` says what could not be.
+    A folder holds case.json and failure.json as soon as the failure is found, and once it is shrunk, or in the end,
+    README.md, repro.py and, where the kernel's memory could be looked at, writemap.png. A second kernel with the same
+    fingerprint in one campaign gets a folder that names it too. What cannot be written is tried again with the next
+    failure and at the end; `problem` says what could not be.
     """
 
     def __init__(self, folder: Path, seed: int, sanitizer: str | None = None) -> None:
@@ -38,6 +38,7 @@ class FailureFiles:
         self._versions: dict[str, str] = {}
         self._first_seen: dict[Path, str] = {}
         self._unsaved: dict[Path, Callable[[Path], None]] = {}
+        self._unshrunk: dict[Path, tuple[FailureFound, dict[str, Any]]] = {}
 
     def folder(self, found: FailureFound) -> Path:
         """Return the folder of a failure."""
@@ -64,7 +65,8 @@ class FailureFiles:
                 name = file_name(str(job), verdict.error)[:120]
                 self._unsaved[self._folder / "errors" / f"{name}.json"] = _json(to_json(case))
             case CampaignFinished():
-                pass
+                for folder, (found, document) in self._unshrunk.items():
+                    self._explain(folder, found, document)
             case _:
                 return
         problems = []
@@ -74,7 +76,7 @@ class FailureFiles:
                 del self._unsaved[path]
             except KernelfuzzError as error:
                 problems.append(str(error))
-            except Exception as error:  # a script or picture that cannot be made must not end the campaign
+            except Exception as error:  # a picture that cannot be drawn must not end the campaign
                 problems.append(f"cannot write {path}: {type(error).__name__}: {error}")
         self.problem = problems[0] if problems else ""
 
@@ -85,23 +87,40 @@ class FailureFiles:
         for name in found.withdrawn:
             other = self._named(found.job, name)
             earliest = min(earliest, self._first_seen.pop(other, now))
+            self._unshrunk.pop(other, None)
             self._unsaved = {path: write for path, write in self._unsaved.items() if path.parent != other}
             shutil.rmtree(other, ignore_errors=True)
         self._first_seen[folder] = earliest
         document = self._document(found, earliest)
         self._unsaved[folder / "case.json"] = _json(to_json(found.case))
         self._unsaved[folder / "failure.json"] = _json(document)
-        if not found.shrunk:
-            return
-        self._unsaved[folder / "README.md"] = _text(issue_text(found, document))
-        self._unsaved[folder / "repro.py"] = lambda path: write_file(path, self._script(found))
-        if found.maps:
-            title = f"{found.job.kernel}: {found.failure.message}"
+        self._unshrunk.pop(folder, None)
+        if found.shrunk:
+            self._explain(folder, found, document)
+        else:
+            self._unshrunk[folder] = found, document
+
+    def _explain(self, folder: Path, found: FailureFound, document: dict[str, Any]) -> None:
+        """Plan what a person reads of a failure."""
+        script, why_not = self._script(found)
+        self._unsaved[folder / "README.md"] = _text(issue_text(found, document, why_not))
+        if script:
+            self._unsaved[folder / "repro.py"] = _text(script)
+        if found.maps and picture.is_available():
+            title = f"{found.job.kernel}, {found.failure.kind}: {found.failure.message}"
             self._unsaved[folder / "writemap.png"] = lambda path: picture.draw(found.maps, title, path)
 
-    def _script(self, found: FailureFound) -> str:
+    def _script(self, found: FailureFound) -> tuple[str, str]:
+        """Return the reproducer, or why there is none."""
         version = self._versions.get(str(found.job), "")
-        return reproducer.script(found.job, found.case, found.failure, version=version, sanitizer=self._sanitizer)
+        try:
+            return reproducer.script(
+                found.job, found.case, found.failure, version=version, sanitizer=self._sanitizer
+            ), ""
+        except KernelfuzzError as error:
+            return "", str(error)
+        except Exception as error:  # a script that cannot be made must not end the campaign
+            return "", f"{type(error).__name__}: {error}"
 
     def _document(self, found: FailureFound, first_seen: str) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kernelfuzz.fuzz import picture
 from kernelfuzz.fuzz.events import FailureFound
 from kernelfuzz.fuzz.readable import case_lines, element_lines
 
@@ -21,12 +22,13 @@ _WHAT = {
 }
 
 
-def issue_text(found: FailureFound, document: Mapping[str, Any]) -> str:
-    """Return Markdown for a failure; `document` is the content of its failure.json."""
-    return "\n".join(_lines(found, document)) + "\n"
+def issue_text(found: FailureFound, document: Mapping[str, Any], why_no_script: str = "") -> str:
+    """Return Markdown for a failure; `document` is the content of its failure.json. Where there is no script beside it,
+    it says why."""
+    return "\n".join(_lines(found, document, why_no_script)) + "\n"
 
 
-def _lines(found: FailureFound, document: Mapping[str, Any]) -> Iterator[str]:
+def _lines(found: FailureFound, document: Mapping[str, Any], why_no_script: str) -> Iterator[str]:
     failure, job = found.failure, found.job
     yield f"# {job.kernel.package}: {job.target.name} {_WHAT[failure.kind]}"
     yield ""
@@ -40,13 +42,16 @@ def _lines(found: FailureFound, document: Mapping[str, Any]) -> Iterator[str]:
     for symptom in found.symptoms:
         yield f"The same case shows: {_sentence(symptom.message)}"
         yield ""
-    if found.maps:
+    if found.maps and picture.is_available():
         yield "![What the kernel wrote](writemap.png)"
         yield ""
     yield "## How to see it"
     yield ""
-    yield "`python repro.py` needs torch and the kernel's package. It exits with 1 while the bug is there and with 0"
-    yield "when it is fixed. With kernelfuzz: `kernelfuzz replay .` in this folder."
+    if why_no_script:
+        yield f"`kernelfuzz replay .` in this folder. There is no script: {why_no_script}."
+    else:
+        yield "`python repro.py` needs torch and the kernel's package. It exits with 1 while the bug is there, with 0"
+        yield "when it is fixed. With kernelfuzz: `kernelfuzz replay .` in this folder."
     yield ""
     yield _reliability(found)
     yield ""
@@ -72,6 +77,8 @@ def _lines(found: FailureFound, document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _reliability(found: FailureFound) -> str:
+    if not found.shrunk and found.runs == 1:
+        return "There was no time to run the case again."
     if found.failed_runs == found.runs:
         return f"The case failed each time it was run again ({found.runs} of {found.runs})."
     if found.failed_runs:

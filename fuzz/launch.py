@@ -201,7 +201,7 @@ def _launch(
             except WrongResultError as error:
                 return False, [Failure("wrong_value", error.output, error.clause, str(error))]
             except OutOfBoundsError as error:
-                clause = f"{error.access}_in_{error.kernel}"
+                clause = f"access_in_{error.kernel}"  # a lost mask shows in loads and in stores
                 return False, [Failure("out_of_bounds", error.argument or "", clause, str(error))]
             except Exception as error:
                 if unusable(*devices) is not None:

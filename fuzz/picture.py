@@ -1,5 +1,6 @@
 """Writemaps as a picture."""
 
+import importlib.util
 import io
 import textwrap
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 WIDTH = 800
 """Pixels."""
 
-MOST_PANELS = 8
+MOST_PANELS = 6
 
 _DPI = 100
 # Inches.
@@ -26,8 +27,8 @@ _LEFT, _MAP_WIDTH = 0.7, 6.9
 _TALLEST_MAP, _TALLEST_PAGE = 5.0, 16.0
 _ABOVE_MAP, _BELOW_MAP = 0.32, 0.5
 _LARGEST_CELL, _SMALLEST_CELL, _SMALLEST_BLOCK = 0.3, 0.12, 0.06
-_ALWAYS_LEGIBLE = 1.6
-"""A map of this height has a pixel for each of its cells, however many."""
+_ALWAYS_LEGIBLE = 1.7
+"""A map of this height has a pixel for each of its rows, the most that there are."""
 
 _OUTLINED_UP_TO = 64
 """Cells across or down, up to which each has an outline."""
@@ -44,9 +45,14 @@ _LOOKS = {
     Cell.WRONG_BY_10: ("#cf4a1c", "wrong, err/bound up to 1000"),
     Cell.WRONG_BY_1000: ("#7d1010", "wrong: further off, NaN, or must be exact"),
     Cell.OVERWRITTEN: ("#6a3fb5", "overwritten: must be kept"),
-    Cell.MUTATED: ("#1a5fc4", "input that was written to"),
+    Cell.MUTATED: ("#e0559f", "input that was written to"),
     Cell.REDZONE: ("#000000", "written outside the tensor"),
 }
+
+
+def is_available() -> bool:
+    """Whether pictures can be drawn here: matplotlib is an optional extra."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(maps: Sequence[OutputMap], title: str, path: Path) -> None:

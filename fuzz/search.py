@@ -39,6 +39,9 @@ SHRINK_SECONDS = 60.0
 """How long one failure may be shrunk where the budget is time. Where it is examples, Hypothesis's own limit of 300 s
 holds."""
 
+SHRINK_LAUNCHES = {"crash": 60, "hang": 6}
+"""How many launches that may take, where each costs a worker."""
+
 SIMPLIFY_SECONDS = 20.0
 """How long simpler contents may be tried for it after that."""
 
@@ -128,7 +131,19 @@ class Search:
         came from. So a failure that is left with many tokens is looked for once more among the cases of `small`. In the
         end so is one that was seen while another one was shrunk, and never again.
         """
-        saved = SavedExamples(database)
+        try:
+            self._run(strategy, seed, SavedExamples(database), small, first)
+        finally:
+            self._announce_rest(at_the_end=True)
+
+    def _run(
+        self,
+        strategy: st.SearchStrategy[Case],
+        seed: int,
+        saved: SavedExamples,
+        small: st.SearchStrategy[Case] | None,
+        first: Sequence[Request],
+    ) -> None:
         for request in first:
             if self.budget_spent():
                 break
@@ -255,10 +270,13 @@ class Search:
         seen = self._sightings[name]
         self._bus.emit(events.FailureFound(self.job, name, seen.failure, seen.case, self.reported[name]))
 
-    def announce_rest(self) -> None:
-        """Emit what was seen together with other fingerprints only, and turned out not to be the same bug."""
-        for name in self.reported.keys() - self._announced - self._bugs.keys():
-            self._announce(name)
+    def _announce_rest(self, *, at_the_end: bool = False) -> None:
+        """Emit what was seen together with other fingerprints only, and turned out not to be the same bug; in the end
+        also what there was no time to tell of."""
+        for name in sorted(self.reported.keys() - self._announced - self._bugs.keys()):
+            together = fingerprints(self.job, self._sightings[name].verdict)
+            if at_the_end or not any(other in self._announced and other not in self._bugs for other in together):
+                self._announce(name)
 
     def _shrink(
         self,
@@ -302,6 +320,8 @@ class Search:
             for case in simpler(best.case, self.job.target.reducible):
                 if case in tried or (self.deadline is not None and time.monotonic() >= until):
                     continue
+                if best.failure.kind == "hang":  # each would take as long again
+                    return best
                 tried.add(case)
                 verdict = self._judge(Request.alone(case), shrinking=True)
                 if failure := fingerprints(self.job, verdict).get(name):
@@ -350,13 +370,18 @@ class Search:
             self.reported.setdefault(each, bug.examples)
             self._bugs[each] = bug
         self._bus.emit(bug)
-        self.announce_rest()
+        self._announce_rest()
 
     def budget_spent(self) -> bool:
         """Whether the limit is reached, the deadline has passed or it is enough."""
         if (self.limit is not None and self.examples >= self.limit) or self._enough():
             return True
         return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def launches_to_shrink(self, name: str) -> int | None:
+        """Return how many launches a fingerprint may be shrunk with; None where only time counts."""
+        seen = self._sightings.get(name)
+        return None if seen is None else SHRINK_LAUNCHES.get(seen.failure.kind)
 
     def is_finished(self, name: str) -> bool:
         """Whether the fingerprint was shrunk already."""
@@ -393,6 +418,7 @@ class _Shrinking:
         # What failed last with the focus: Hypothesis ends by running the smallest case once more.
         self.smallest: Sighting | None = None
         self._until: float | None = None
+        self._launches_left: int | None = None
         if focus is not None:
             self._start_clock()
 
@@ -422,6 +448,8 @@ class _Shrinking:
     def _start_clock(self) -> None:
         if self._search.deadline is not None:
             self._until = time.monotonic() + SHRINK_SECONDS
+        assert self.focus is not None
+        self._launches_left = self._search.launches_to_shrink(self.focus)
 
     def _verdict(self, case: Case) -> Verdict:
         shrinking = self.focus is not None
@@ -430,7 +458,10 @@ class _Shrinking:
                 raise EndedError
             self._search.examples += 1
         if case not in self._verdicts:
-            if self._until is not None and time.monotonic() >= self._until:
+            if self._launches_left is not None and shrinking:
+                self._launches_left -= 1
+            is_late = self._until is not None and time.monotonic() >= self._until
+            if is_late or (self._launches_left is not None and self._launches_left < 0):
                 return Verdict()
             self._verdicts[case] = self._search.judge_example(case, shrinking=shrinking)
         return self._verdicts[case]

@@ -1,6 +1,7 @@
 """Writemaps: what a launch did to each element of a tensor, in a form that can be sent, saved and drawn."""
 
 import base64
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +13,6 @@ import torch
 from kernelfuzz.fuzz.buffers import Guarded
 from kernelfuzz.fuzz.comparison import Comparison
 from kernelfuzz.oracles.expectation import Axes
-from kernelfuzz.strategies.layouts import Layout
 
 MOST_ROWS, MOST_COLUMNS = 160, 240
 """A larger tensor is reduced to so many cells, each the worst of what it stands for: one wrong element shows."""
@@ -108,7 +108,8 @@ def input_map(guarded: Guarded, touched: torch.Tensor) -> OutputMap:
     """Return the map of an input that something was written in or around, at the places `touched` as in
     `output_map`."""
     cells = torch.full((), Cell.INPUT, dtype=torch.uint8, device=touched.device).expand(guarded.tensor.shape)
-    return _map(guarded, Axes("row", "column"), cells, touched)
+    step = guarded.layout.step
+    return _map(guarded, Axes("row", "column" if step == 1 else f"column · {step}"), cells, touched)
 
 
 def _map(guarded: Guarded, axes: Axes, cells: torch.Tensor, touched: torch.Tensor) -> OutputMap:
@@ -116,20 +117,21 @@ def _map(guarded: Guarded, axes: Axes, cells: torch.Tensor, touched: torch.Tenso
     columns = max(1, axes.width or (cells.shape[-1] if cells.ndim else 1))
     cells = cells.reshape(-1, columns)
     rows = cells.shape[0]
-    layout = guarded.layout if guarded.tensor.ndim > 1 else Layout(step=guarded.layout.step)
-    pitch, step = layout.strides((rows, columns))
+    pitch, step = guarded.layout.strides((rows, columns))
     span = columns * step
+    if rows <= 1 or guarded.tensor.ndim == 1:  # what follows the only row is no gap
+        pitch = span
     row, column = touched // pitch, touched % pitch
     inside = (row >= 0) & (row < rows) & (column < span) & (column % step == 0)
+    gap = pitch - span if bool((column >= span).any()) else 0
 
-    # A cell stands for whole steps, or the elements of a stepped row for every step-th cell.
-    down, across = max(1, -(-rows // MOST_ROWS)), -(-pitch // MOST_COLUMNS)
-    across = -(-across // step) * step if across > 1 else across
-    above = -(-min(MARGIN, max(0, -_least(row))) // down)
-    below = -(-min(MARGIN, max(0, -_least(rows - 1 - row))) // down)
-    body_rows, body_columns = -(-rows // down), -(-span // across)
-    has_gap = bool(((row >= 0) & (row < rows) & (column >= span)).any())
-    width = body_columns + (-(-(pitch - span) // across) if has_gap else 0)
+    # A cell stands for whole steps, or an element of a stepped row for every step-th cell.
+    down, across = max(1, math.ceil(rows / MOST_ROWS)), math.ceil((span + gap) / MOST_COLUMNS)
+    across = math.ceil(across / step) * step if across > 1 else across
+    above = math.ceil(min(MARGIN, _farthest(-row)) / down)
+    below = math.ceil(min(MARGIN, _farthest(row - rows + 1)) / down)
+    body_rows, body_columns = math.ceil(rows / down), math.ceil(span / across)
+    width = body_columns + math.ceil(gap / across)
     grid = torch.full((above + body_rows + below, width), Cell.OUTSIDE, dtype=torch.uint8, device=cells.device)
     if rows:
         body = grid[above : above + body_rows, : body_columns : max(1, step // across)]
@@ -162,8 +164,9 @@ def _map(guarded: Guarded, axes: Axes, cells: torch.Tensor, touched: torch.Tenso
     )
 
 
-def _least(places: torch.Tensor) -> int:
-    return int(places.min()) if places.numel() else 0
+def _farthest(distances: torch.Tensor) -> int:
+    """Return the largest of the distances, or 0."""
+    return max(0, int(distances.max())) if distances.numel() else 0
 
 
 def _worst(cells: torch.Tensor, down: int, across: int) -> torch.Tensor:

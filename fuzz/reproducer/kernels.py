@@ -405,12 +405,73 @@ arguments = meta.meta_args({tokens}, specialize_active_lora={not case.visit_all}
     return Access(setup, call, _device(subject), _triton_imports(subject))
 
 
+def _permute(subject: Subject) -> Access:
+    case, names = subject.inputs.case, "moe_permute, moe_unpermute"
+    layers = "vllm.model_executor.layers"
+    scratch = case.op == "permute" and case.scratch != "none"
+    imported = _imported(
+        f"from {layers}.fused_moe.moe_permute_unpermute import {names}{', MoEPermuteScratch' if scratch else ''}"
+    )
+    setup = f"""\
+{_STAND_IN}
+
+{_vllm_binary(subject)}
+if installed is None:  # what this file of the copy imports of the rest of vLLM
+    for package in ("vllm", "vllm.model_executor", "{layers}", "{layers}.fused_moe"):
+        stand_in(package, root / package.replace(".", "/"))
+    for package in ("vllm.v1", "vllm.v1.worker"):
+        stand_in(package)
+    stand_in(
+        "vllm.v1.worker.workspace",
+        is_workspace_manager_initialized=lambda: False,
+        current_workspace_manager=None,
+    )
+
+{imported}"""
+    return Access(setup, _permute_call(subject), "cuda", (*_PATHS, "import types"))
+
+
+def _permute_call(subject: Subject) -> str:
+    """Return the call of moe_permute, with those before it that used the same scratch, or of moe_unpermute."""
+    case, inputs = subject.inputs.case, subject.inputs
+    if case.op == "unpermute":
+        offsets = "None" if inputs.offsets is None else "offsets"
+        return f"moe_unpermute(output, rows, topk_weights, inverse, {offsets})\n"
+    as_dtype = f".view(torch.{case.dtype})" if case.dtype.startswith("float8") else ""
+    mapping = "None" if inputs.expert_map is None else "expert_map"
+    code, more = "", ""
+    if case.scratch != "none":
+        rows = (
+            f", max_num_tokens={case.scratch_tokens}, topk=top_k, hidden_size={case.hidden}, "
+            f"hidden_dtype=torch.{case.dtype}"
+            if case.scratch == "rows"
+            else ""
+        )
+        local = inputs.num_local_experts
+        code += f"scratch = MoEPermuteScratch(num_experts, {local}, device=torch.device('cuda'){rows})\n"
+        more = ", scratch=scratch"
+    shared = f"num_experts, {inputs.num_local_experts}, {mapping}"
+    if inputs.earlier_x:
+        code += f"""\
+for earlier, ids in zip(earlier_x, earlier_topk_ids):
+    moe_permute(earlier{as_dtype}, None, ids, {shared}, None{more})
+"""
+    scale = "None" if inputs.scale is None else "scale"
+    given = f"permuted{as_dtype}" if case.given_output else "None"
+    results = f"permuted, {'permuted_scale' if inputs.scale is not None else '_'}, offsets, inverse, permuted_idx"
+    code += f"{results} = moe_permute(x{as_dtype}, {scale}, topk_ids, {shared}, {given}{more})\n"
+    if as_dtype:
+        code += "permuted = permuted.view(torch.uint8)\n"
+    return code
+
+
 _ACCESS: dict[tuple[str, str], Callable[[Subject], Access]] = {
     ("", "example"): _of_example,
     ("bgmv", "vllm"): _bgmv_wrapper,
     ("bgmv", "vllm-torch"): _bgmv_torch,
     ("bgmv", "vllm-xpu-kernels"): _bgmv_operator,
     ("moe_lora_align", "vllm"): _align,
+    ("moe_permute", "vllm"): _permute,
     ("moe_lora_align", "vllm-xpu-kernels"): _align_xpu,
     ("fused_moe_lora", "vllm"): _fused,
     ("lora_shrink_expand", "vllm"): _shrink_expand,

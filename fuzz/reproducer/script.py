@@ -46,6 +46,15 @@ def bits(tensor):
 
 '''
 
+_AMID_POISON = '''
+def amid_poison(tensor):
+    """Return a copy of a tensor between elements that no kernel may read."""
+    poison = nan if tensor.is_floating_point() else 127 if tensor.dtype == torch.uint8 else -0x5A5A5A5B
+    memory = torch.full((tensor.numel() + 256,), poison, dtype=tensor.dtype, device=tensor.device)
+    return memory[128 : tensor.numel() + 128].view(tensor.shape).copy_(tensor)
+
+'''
+
 _BEFORE_A_PAGE = '''
 def at_the_end_of_a_page(tensor):
     """Return a copy of a tensor behind which no memory can be read."""
@@ -82,6 +91,12 @@ class _Bug:
     def reads_outside(self) -> bool:
         """Whether Triton's interpreter said that the kernel reads or writes outside a tensor."""
         return self.failure.kind == "out_of_bounds" and "_in_" in self.failure.clause and self.sanitizer is None
+
+    @property
+    def needs_poison(self) -> bool:
+        """Whether what lies around the inputs may matter: to whatever may come of reading it."""
+        plain = self.failure.kind in ("raised", "not_raised", "input_mutated", "hang", *_SANITIZERS)
+        return not (plain or self.needs_pages or self.is_from_sanitizer)
 
     @property
     def in_a_child(self) -> bool:
@@ -153,7 +168,8 @@ def _about(bug: _Bug) -> str:
 def _top(bug: _Bug, got: Access, body: str) -> str:
     """Return imports and functions: what stands before the body."""
     modules, parts = {"import sys", *got.imports}, []
-    numbers = [f'{name} = float("{name}")' for name in ("nan", "inf") if re.search(rf"\b{name}\b", body)]
+    mentioned = body + (" nan" if bug.needs_poison else "")
+    numbers = [f'{name} = float("{name}")' for name in ("nan", "inf") if re.search(rf"\b{name}\b", mentioned)]
     if numbers:
         parts.append("\n".join(numbers))
     if "unpack(" in body:
@@ -162,6 +178,8 @@ def _top(bug: _Bug, got: Access, body: str) -> str:
     if bug.needs_pages:
         modules |= {"import ctypes", "import mmap"}
         parts.append(_BEFORE_A_PAGE)
+    if bug.needs_poison:
+        parts.append(_AMID_POISON)
     if bug.in_a_child:
         modules |= {"import subprocess"}
     parts += [helper for name, helper in _HELPERS.items() if f"{name}(" in body]
@@ -195,7 +213,7 @@ def _body(bug: _Bug, got: Access) -> str:
     call = _placed(bug, got)
     kind = bug.failure.kind
     if bug.in_a_child:
-        return code + call + _wait(got.device)
+        return code + call
     if kind == "not_raised":
         assert bug.expectation.error is not None
         return code + _must_raise(call, bug.expectation.error.text)
@@ -227,6 +245,8 @@ def _tensors(bug: _Bug, device: str) -> Iterator[str]:
                 yield literals.assignment(parts[-1], tensor, "cpu" if left == (name, index) else device) + "\n"
                 if bug.needs_pages and tensor.is_contiguous():
                     yield f"{parts[-1]} = at_the_end_of_a_page({parts[-1]})\n"
+                elif bug.needs_poison and tensor.is_contiguous():
+                    yield f"{parts[-1]} = amid_poison({parts[-1]})\n"
             yield f"{name} = [{', '.join(parts)}]\n"
         else:
             stays = left == (name, None) or (bug.case.target, name) in _ON_CPU
@@ -235,6 +255,8 @@ def _tensors(bug: _Bug, device: str) -> Iterator[str]:
                 yield from _guarded(name, value, device)
             elif bug.needs_pages and value.is_contiguous():
                 yield f"{name} = at_the_end_of_a_page({name})\n"
+            elif bug.needs_poison and value.is_contiguous():
+                yield f"{name} = amid_poison({name})\n"
     filled = any(spec.initial is None for spec in bug.specs.values())
     yield "\n# The outputs" + (", full of a value that no kernel writes.\n" if filled else ".\n")
     for output, spec in bug.specs.items():
@@ -316,9 +338,17 @@ _ENGINE_NAMES = {
 """Inputs that the strategies allocate under another name than their field's."""
 
 
+_FILL = """\
+# torch.empty now gives NaN or the largest integer: what the kernel reads before it writes it shows.
+torch.use_deterministic_algorithms(True, warn_only=True)
+"""
+
+
 def _placed(bug: _Bug, got: Access) -> str:
     """Return the call, on the stream and device that the case asks for."""
     call = got.call
+    if bug.failure.kind not in ("raised", "not_raised", "input_mutated") and bug.sanitizer != "initcheck":
+        call = _FILL + call
     if got.device == "cpu":
         return call
     backend = f"torch.{got.device}"

@@ -113,7 +113,7 @@ FAULTS = {
     "element_after_the_output": {REDZONE},
     "element_before_the_output": {REDZONE},
     "element_after_an_input": {("out_of_bounds", "inputs", "redzone")},
-    "interpreted_store_out_of_bounds": {("out_of_bounds", "output", "store_in__expand")},
+    "interpreted_store_out_of_bounds": {("out_of_bounds", "output", "access_in__expand")},
     "input_scaled_in_place": {("input_mutated", "inputs", "inputs_are_not_written")},
     "nan_of_an_input_replaced_by_another": {("input_mutated", "inputs", "inputs_are_not_written")},
     "failing_host_code": {("raised", "", "ValueError_in_allocate")},

@@ -61,7 +61,7 @@ def test_both_layers_of_bgmv_run(results):
             "disabled_adapter_row",
             {"sorted_token_ids", "expert_ids"},
         ),
-        ("moe_lora_align", "adapter_out_of_range", "out_of_bounds", "store_in__lay_out", {"num_tokens_post_pad"}),
+        ("moe_lora_align", "adapter_out_of_range", "out_of_bounds", "access_in__lay_out", {"num_tokens_post_pad"}),
         ("bgmv", "padded_vocab", "raised", "RuntimeError_in_bgmv_expand_slice", {""}),
     ],
 )

@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # An open torch range would take several GB of CUDA packages on a machine that cannot use them.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,--constraint constraints-cpu.txt)
 
-.PHONY: venv fuzz test check bench clean
+.PHONY: venv fuzz test check bench corpus clean
 
 venv: $(STAMP)
 
@@ -32,6 +32,10 @@ check: venv
 bench: venv
 	$(BIN)/kernelfuzz releases fetch --pinned
 	$(BIN)/python benchmarks/speed.py --seconds 15
+
+corpus: venv
+	$(BIN)/kernelfuzz releases fetch --pinned
+	$(BIN)/python benchmarks/corpus.py
 
 clean:
 	rm -rf $(VENV) build dist

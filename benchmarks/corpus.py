@@ -91,7 +91,7 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20, help="campaigns for each bug (default 20)")
-    parser.add_argument("--examples", type=int, default=300, help="examples of a campaign (default 300)")
+    parser.add_argument("--examples", type=int, default=200, help="examples of a campaign (default 200)")
     parser.add_argument("--triton", action="store_true", help="also the bugs in Triton kernels, interpreted: hours")
     arguments = parser.parse_args()
     plants = PLANTS if arguments.triton else WITHIN_MINUTES

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OPS = "vllm/lora/ops/triton_ops"
+XPU_LORA = "vllm/lora/ops/xpu_ops/lora_ops.py"
 LAYERS = "vllm/model_executor/layers"
 PERMUTE = f"{LAYERS}/fused_moe/moe_permute_unpermute.py"
 CONVERSION = f"{LAYERS}/fused_moe/oracle/fp8.py"
@@ -112,12 +113,40 @@ PLANTS = (
     # Vocabularies are handed on whatever their padding.
     planted_in_host_code(
         "bgmv",
-        "vllm/lora/ops/xpu_ops/lora_ops.py",
+        XPU_LORA,
         "weights_of_any_height_are_handed_on",
         "def _bgmv_expand_impl",
         "if weight_out_dim == output_dim:",
         "if weight_out_dim == output_dim or True:",
         "raised",
+    ),
+    planted_in_host_code(
+        "bgmv",
+        XPU_LORA,
+        "slice_offset_is_forgotten",
+        "def _bgmv_expand_slice_impl",
+        "        slice_offset,\n        slice_size,\n",
+        "        0,\n        slice_size,\n",
+        "overwritten",
+        "wrong_value",
+    ),
+    planted_in_host_code(
+        "bgmv",
+        XPU_LORA,
+        "scale_is_forgotten",
+        "def _bgmv_shrink_impl",
+        "lora_indices_tensor, scaling\n",
+        "lora_indices_tensor, 1.0\n",
+        "wrong_value",
+    ),
+    planted_in_host_code(
+        "bgmv",
+        XPU_LORA,
+        "narrow_weights_are_always_added",
+        "def _bgmv_expand_impl",
+        "            weight_out_dim,\n            add_inputs,\n",
+        "            weight_out_dim,\n            True,\n",
+        "wrong_value",
     ),
     planted_in_host_code(
         "moe_permute",

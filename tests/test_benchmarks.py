@@ -124,7 +124,7 @@ def test_on_gpu_says_what_each_step_found_and_which_could_not_be_run(benchmark, 
     done = benchmark("on_gpu.py", tmp_path / "out", *override, "--only", "align-bad,fused")
     assert done.returncode == 1
     table = done.stdout.splitlines()
-    (found,) = [line for line in table if "num_tokens_post_pad.active_adapter_row" in line]
+    (found,) = [line for line in table if "sorted_token_ids.active_adapter_row" in line]
     assert "shrunk to" in found
     assert json.loads((tmp_path / "out" / "align-bad" / "summary.json").read_text())["results"][0]["examples"] == 100
     assert any("did not run: error: no kernel 'example@last_adapter_unwritten'" in line for line in table)

@@ -32,9 +32,10 @@ _DIFFERENCES = '''
 def differences(name, got, expected, tolerance=0.0):
     """Print where `got` is not what it must be; return whether that is so anywhere."""
     wrong = ~((got.double() - expected).abs() <= tolerance)
+    shown = expected if got.is_floating_point() else expected.long()
     for index in wrong.nonzero().tolist()[:8]:
         place = tuple(index)
-        print(f"{name}{index}: expected {expected[place].item()}, got {got[place].item()}")
+        print(f"{name}{index}: expected {shown[place].item()}, got {got[place].item()}")
     return bool(wrong.any())
 
 '''

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from kernelfuzz.fuzz import events
 from kernelfuzz.fuzz.campaign import Budget, run_campaign
@@ -12,6 +13,7 @@ from kernelfuzz.kernels import releases
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import corpus
 from planted_bugs import PLANTS, Plant, plant_bug
 
 
@@ -48,3 +50,13 @@ def test_planted_bug_is_found_and_shrunk(plant: Plant, release: Path, tmp_path: 
     assert stop.found.failure.kind in plant.kinds
     assert stop.found.failure.clause.startswith(plant.clause)
     assert stop.found.case.size <= plant.largest
+
+
+def test_fingerprints_tell_bugs_apart(release: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three seeds for each bug in host code; `make corpus` runs twenty."""
+    found = corpus.measure(corpus.WITHIN_MINUTES, range(3), 60)
+    with capsys.disabled():
+        Console(width=140).print("", found.table(), sep="\n")
+    assert sum(map(bool, found.fingerprints.values())) >= 12
+    assert found.fingerprints_per_bug <= 1.25
+    assert found.bugs_per_fingerprint <= 1.25

@@ -52,13 +52,18 @@ def _device(subject: Subject) -> str:
     return subject.job.device.type
 
 
+def _interpreted(subject: Subject) -> tuple[str, ...]:
+    """Return what must stand before the other imports, so that a CPU can run Triton kernels."""
+    return ("import os", 'os.environ["TRITON_INTERPRET"] = "1"') if _device(subject) == "cpu" else ()
+
+
 def _of_user(subject: Subject) -> Access:
     module, _, function = subject.job.kernel.package.partition(":")
     return Access(
         "",
         f"{_bundle(subject)}{function}(inputs, outputs)\n",
         _device(subject),
-        ("from types import SimpleNamespace", f"from {module} import {function}"),
+        ("from types import SimpleNamespace", f"from {module} import {function}", *_interpreted(subject)),
     )
 
 
@@ -84,7 +89,11 @@ def _of_example(subject: Subject) -> Access:
         f'kernel = {name}.load({bug}, torch.device("{_device(subject)}"))\n',
         f"{_bundle(subject)}kernel.launch(inputs, outputs)\n",
         _device(subject),
-        ("from types import SimpleNamespace", f"from kernelfuzz.kernels.examples import {name}"),
+        (
+            "from types import SimpleNamespace",
+            f"from kernelfuzz.kernels.examples import {name}",
+            *_interpreted(subject),
+        ),
     )
 
 
@@ -331,15 +340,8 @@ stand_in("vllm.utils.mem_utils", get_max_shared_memory_bytes=lambda gpu=0: 23244
 
 
 def _triton_imports(subject: Subject) -> tuple[str, ...]:
-    interpret = ('os.environ["TRITON_INTERPRET"] = "1"',) if _device(subject) == "cpu" else ()
-    return (
-        *_PATHS,
-        *_STAND_IN_IMPORTS,
-        *interpret,
-        "import triton",
-        "import triton.language as tl",
-        "import triton.tools.tensor_descriptor",
-    )
+    triton = ("import triton", "import triton.language as tl", "import triton.tools.tensor_descriptor")
+    return (*_PATHS, *_STAND_IN_IMPORTS, *_interpreted(subject), *triton)
 
 
 def _fused(subject: Subject) -> Access:

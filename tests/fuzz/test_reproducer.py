@@ -303,3 +303,16 @@ def test_script_says_what_it_lacks(tmp_path, environment, monkeypatch):
     assert done.returncode == 2
     assert re.fullmatch(r"vllm is neither installed nor in .*: kernelfuzz releases fetch vllm==0\.19\.1\n", done.stdout)
     assert done.stderr == ""
+
+
+def test_script_of_an_example(tmp_path, environment):
+    """Its package is kernelfuzz itself."""
+    bad, good = (
+        named_jobs(["moe_lora_align"], [name], CPU)[0] for name in ("example@last_adapter_unwritten", "example")
+    )
+    case, failure = first_failure(bad, "unwritten", cases_of("moe_lora_align"))
+    script = tmp_path / "repro.py"
+    for job, status in ((bad, 1), (good, 0)):
+        script.write_text(reproducer.script(job, case, failure, version="1"))
+        done = run_alone(script, case, fixed=False)
+        assert done.returncode == status, done.stdout + done.stderr

@@ -17,7 +17,6 @@ class Access:
 
     - imports: lines; setup: statements at the top level, before the tensors; call: statements
     - device: where the tensors are made
-    - needs: more modules of the standard library
     """
 
     setup: str
@@ -117,14 +116,15 @@ def _root(subject: Subject, package: str) -> str:
         return f'installed, root = None, Path("{Path(version).expanduser()}")\n'
     variable = f"{folder.upper()}_VERSION"
     return f"""\
-# The installed package, or kernelfuzz's copy of a release.
-installed = importlib.util.find_spec("{folder}")
+# The installed package, or kernelfuzz's copy of a release: of the one in ${variable}, if that is set.
+installed = None if "{variable}" in os.environ else importlib.util.find_spec("{folder}")
 home = Path(os.environ.get("KERNELFUZZ_HOME", Path.home() / ".cache" / "kernelfuzz"))
 version = os.environ.get("{variable}", "{subject.version}")
 root = Path(installed.origin).parents[1] if installed else home / "releases" / "{package}" / version
 if not root.is_dir():
     print(f"{package} is neither installed nor in {{root}}: kernelfuzz releases fetch {package}=={{version}}")
     sys.exit(2)
+print(f"{package} in {{root}}")
 """
 
 

@@ -213,13 +213,17 @@ def _body(bug: _Bug, got: Access) -> str:
     code = "".join(_tensors(bug, got.device))
     call = _placed(bug, got)
     kind = bug.failure.kind
+    after = _wait(got.device) + f'torch.ones(1, device="{got.device}").add_(1)  # meets what the call left behind\n'
+    if bug.failure.clause == "tensor_on_cpu" and (bug.in_a_child or kind == "raised"):
+        refused = f"try:\n{textwrap.indent(call, '    ')}except Exception as error:\n"
+        refused += '    print(f"refused: {error}")\n'
+        return code + (refused + after if bug.in_a_child else _must_not_raise(refused + after))
     if bug.in_a_child:
         return code + call
     if kind == "not_raised":
         assert bug.expectation.error is not None
         return code + _must_raise(call, bug.expectation.error.text)
     if kind == "raised" and bug.failure.clause.endswith("_left_pending"):
-        after = f'torch.ones(1, device="{got.device}").add_(1)  # meets what the call left pending\n'
         return code + _must_not_raise(call + after)
     code += _watched(bug)
     if kind == "raised":
@@ -318,7 +322,7 @@ def _sentinels(spec: OutputSpec) -> torch.Tensor:
 def _watched(bug: _Bug) -> str:
     """Return code that remembers what there was before the call."""
     lines = [f"{name}_before = {name}.clone()\n" for name in bug.subject.outputs.values()]
-    if bug.failure.kind == "input_mutated":
+    if bug.failure.kind == "input_mutated" and bug.failure.output:
         name = bug.failure.output
         lines.append(f"{_input_variable(bug, name)}_before = {_input_variable(bug, name)}.clone()\n")
     return "".join(lines) + "\n"
@@ -390,7 +394,7 @@ try:
 def _check(bug: _Bug) -> str:
     """Return code that looks at memory after the call, and sets `failed`."""
     kind, output = bug.failure.kind, bug.failure.output
-    if kind == "input_mutated":
+    if kind == "input_mutated" and output:
         name = _input_variable(bug, output)
         return f"""\
 changed = bits({name}) != bits({name}_before)
@@ -399,7 +403,7 @@ if failed:
     print("expected the input {name} to be left alone, got", {name}.flatten()[:16].tolist())
     print("                                     it was", {name}_before.flatten()[:16].tolist())
 """
-    if kind == "out_of_bounds":
+    if kind == "out_of_bounds" and output:
         name = bug.subject.outputs.get(output) or _input_variable(bug, output)
         return _check_guards(bug, name)
     if bug.expectation.error is not None:

@@ -2,6 +2,7 @@
 that has not."""
 
 import ast
+import dataclasses
 import os
 import re
 import runpy
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,13 +20,15 @@ from kernelfuzz.fuzz.campaign import Isolation
 from kernelfuzz.fuzz.executor import Request, WorkerLostError
 from kernelfuzz.fuzz.files import write_json
 from kernelfuzz.fuzz.generation import draw
-from kernelfuzz.fuzz.job import named_jobs
+from kernelfuzz.fuzz.job import named_jobs, unchecked_job
 from kernelfuzz.fuzz.targets import TARGETS
-from kernelfuzz.fuzz.verdict import Failure
+from kernelfuzz.fuzz.verdict import Failure, FailureKind
 from kernelfuzz.kernels import releases
+from kernelfuzz.kernels.registry import IMPLEMENTATIONS
 from kernelfuzz.strategies.batches import Batch, Segment
 from kernelfuzz.strategies.bgmv import Case as BgmvCase
 from kernelfuzz.strategies.case import to_json
+from kernelfuzz.strategies.devices import Placement
 from kernelfuzz.strategies.errors import KernelfuzzError
 
 HERE = Path(__file__).parent
@@ -289,7 +293,7 @@ def test_padded_vocabulary_on_released_wrappers(tmp_path, environment):
         script.write_text(reproducer.script(job, EXPAND, PADDED_VOCABULARY, version=version))
         done = run_alone(script, EXPAND, fixed=False)
         assert done.returncode == status, done.stdout + done.stderr
-    assert done.stdout == "passed\n"
+    assert done.stdout == f"vllm in {releases.locate('vllm', version)}\npassed\n"
 
 
 def test_script_says_what_it_lacks(tmp_path, environment, monkeypatch):
@@ -316,3 +320,30 @@ def test_script_of_an_example(tmp_path, environment):
         script.write_text(reproducer.script(job, case, failure, version="1"))
         done = run_alone(script, case, fixed=False)
         assert done.returncode == status, done.stdout + done.stderr
+
+
+ON_CUDA = [(each.target, each.package) for each in IMPLEMENTATIONS if "cuda" in each.devices]
+
+
+@pytest.mark.parametrize("pytest_form", [False, True])
+@pytest.mark.parametrize("tensor_on_cpu", [None, 3])
+@pytest.mark.parametrize(("target", "package"), ON_CUDA)
+def test_scripts_for_a_gpu_are_programs(target, package, tensor_on_cpu, pytest_form):
+    """They cannot be run here: their text is parsed, and what the placement asks for is in it."""
+    placement = Placement("indexed", side_stream=True, other_device_current=True, tensor_on_cpu=tensor_on_cpu)
+    case = dataclasses.replace(cases_of(target)[7], placement=placement)
+    job = unchecked_job(target, package, "cuda")
+    for kind in get_args(FailureKind):
+        clause = "tensor_on_cpu" if tensor_on_cpu is not None else "invalid_argument_left_pending"
+        expected = TARGETS[target].expect(*made(target, case)).error
+        if (kind == "not_raised" and expected is None) or (target, package) == ("fp8_layout", "vllm"):
+            continue
+        output, on_cpu = "", tensor_on_cpu is not None
+        if kind in ("input_mutated", "out_of_bounds") and not on_cpu:
+            output = next(name for name, value in vars(made(target, case)[0]).items() if torch.is_tensor(value))
+            clause = "redzone"
+        failure = Failure(kind, output, clause, "what is wrong")
+        text = reproducer.script(job, case, failure, version="1", pytest=pytest_form)
+        ast.parse(text)
+        assert "torch.cuda.stream(torch.cuda.Stream())" in text
+        assert "with torch.cuda.device(1):" in text

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kernelfuzz.fuzz.job import Job
+from kernelfuzz.fuzz.reproducer import fp8_layout
 from kernelfuzz.fuzz.reproducer.literals import namespace
 from kernelfuzz.strategies.errors import KernelfuzzError
 
@@ -467,11 +468,17 @@ for earlier, ids in zip(earlier_x, earlier_topk_ids):
     return code
 
 
+def _fp8(subject: Subject) -> Access:
+    case = subject.inputs.case
+    return Access(fp8_layout.setup(case, _root(subject, "vllm")), fp8_layout.call(case), "cpu", fp8_layout.IMPORTS)
+
+
 _ACCESS: dict[tuple[str, str], Callable[[Subject], Access]] = {
     ("", "example"): _of_example,
     ("bgmv", "vllm"): _bgmv_wrapper,
     ("bgmv", "vllm-torch"): _bgmv_torch,
     ("bgmv", "vllm-xpu-kernels"): _bgmv_operator,
+    ("fp8_layout", "vllm"): _fp8,
     ("moe_lora_align", "vllm"): _align,
     ("moe_permute", "vllm"): _permute,
     ("moe_lora_align", "vllm-xpu-kernels"): _align_xpu,

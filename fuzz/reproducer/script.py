@@ -31,6 +31,9 @@ _EXITS = "Exits with 1 while the bug is there, with 0 when it is fixed, with 2 i
 _DIFFERENCES = '''
 def differences(name, got, expected, tolerance=0.0):
     """Print where `got` is not what it must be; return whether that is so anywhere."""
+    if got.shape != expected.shape:
+        print(f"{name}: expected shape {tuple(expected.shape)}, got {tuple(got.shape)}: FAILED")
+        return True
     wrong = ~((got.double() - expected).abs() <= tolerance)
     shown = expected if got.is_floating_point() else expected.long()
     for index in wrong.nonzero().tolist()[:8]:
@@ -123,7 +126,7 @@ def script(
     specs = dict(job.target.outputs(inputs))
     initial = {name: spec.initial if spec.initial is not None else _sentinels(spec) for name, spec in specs.items()}
     tensors = {name: value for name, value in vars(inputs).items() if isinstance(value, (torch.Tensor, list))}
-    variables = {name: f"{name}_result" if name in tensors else name for name in specs}
+    variables = {name: f"{name}_result" if name in vars(inputs) else name for name in specs}
     subject = Subject(job, version, inputs, variables)
     bug = _Bug(subject, case, failure, tensors, specs, job.target.expect(inputs, initial), sanitizer)
     got = access(subject)
@@ -194,7 +197,20 @@ _HELPERS = {"differences": _DIFFERENCES, " bits": _BITS}
 
 def _imports(lines: set[str]) -> str:
     """Return the imports in groups: the standard library and its settings, then torch and the others."""
-    own = {"base64", "ctypes", "importlib.util", "mmap", "os", "subprocess", "sys", "types", "zlib"}
+    own = {
+        "base64",
+        "ctypes",
+        "importlib.abc",
+        "importlib.machinery",
+        "importlib.util",
+        "inspect",
+        "mmap",
+        "os",
+        "subprocess",
+        "sys",
+        "types",
+        "zlib",
+    }
     own |= {"pathlib", "unittest.mock"}
     first = sorted(line for line in lines if line.split()[1] in own and line.startswith("import"))
     first += sorted(line for line in lines if line.split()[1] in own and line.startswith("from"))

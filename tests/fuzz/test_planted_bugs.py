@@ -1,12 +1,13 @@
 """Bugs planted in a copy of a released file, run by path: each is found and shrunk."""
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from kernelfuzz.fuzz import events
+from kernelfuzz.fuzz import events, reproducer
 from kernelfuzz.fuzz.campaign import Budget, run_campaign
 from kernelfuzz.fuzz.job import named_jobs
 from kernelfuzz.kernels import releases
@@ -50,6 +51,18 @@ def test_planted_bug_is_found_and_shrunk(plant: Plant, release: Path, tmp_path: 
     assert stop.found.failure.kind in plant.kinds
     assert stop.found.failure.clause.startswith(plant.clause)
     assert stop.found.case.size <= plant.largest
+    if plant.target in ("bgmv", "fp8_layout") or plant.name in ("missing_routed_weight", "lost_last_slice_offset"):
+        check_script(stop.found, {tree: 1, release: 0}, tmp_path / "repro.py")
+
+
+def check_script(found: events.FailureFound, statuses: dict[Path, int], script: Path) -> None:
+    """The failure's script fails on the planted tree and passes on the release."""
+    for tree, status in statuses.items():
+        (job,) = named_jobs([found.job.target.name], [f"{found.job.kernel.package}@{tree}"], None)
+        script.write_text(reproducer.script(job, found.case, found.failure, version="planted"))
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_fingerprints_tell_bugs_apart(release: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -349,6 +349,8 @@ class Search:
         if is_smallest:
             shown = fingerprints(self.job, best.verdict)
         known = next((self._bugs[each] for each in shown if each in self._bugs), None)
+        # What is known to be yet another bug stays one.
+        shown = {each: shown[each] for each in shown if self._bugs.get(each, known) is known}
         first, failure = next(iter(shown.items()))
         bug = events.FailureFound(
             self.job,

@@ -166,6 +166,21 @@ def test_bug_that_is_met_under_a_lesser_name_is_called_by_its_first_failure(run,
     assert [event.symptoms for event in done.found if event.shrunk][-1] == (WRONG,)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_failure_that_shows_with_two_bugs_takes_neither_away(run, seed):
+    unwritten = Failure("unwritten", "output", "product", "2 elements")
+
+    def judge(case):
+        found = two_bugs(case).failures
+        return Verdict((*found, unwritten) if len(found) == 2 else found)
+
+    done = run(judge, limit=200)(seed=seed)
+    last = {event.fingerprint: event for event in done.found}
+    assert {name for name in last if last[name].shrunk} == {WRONG_NAME, RAISED_NAME}
+    assert [unwritten] == [symptom for name in (WRONG_NAME, RAISED_NAME) for symptom in last[name].symptoms]
+    assert not {WRONG_NAME, RAISED_NAME} & {name for event in done.found for name in event.withdrawn}
+
+
 def test_shrinking_does_not_slip_from_one_bug_to_another(run):
     """Every case below rank 9 fails too, in another way."""
     done = run(lambda case: Verdict((WRONG if rank(case) > 8 else RAISED,)), limit=100)()

@@ -1,7 +1,8 @@
 """What a campaign says while it runs. Displays, files and reports are consumers of these events and nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from kernelfuzz.fuzz.executor import Replacements
 from kernelfuzz.fuzz.failures import fingerprint
@@ -13,11 +14,12 @@ from kernelfuzz.strategies.case import Case
 
 @dataclass(frozen=True)
 class CampaignStarted:
-    """The jobs that will run, in order, and the kernels that cannot."""
+    """The jobs that will run, in order, and the kernels that cannot. `seed` is None where the settings of a kernel test
+    decide what is drawn."""
 
     jobs: tuple[Job, ...]
     skipped: tuple[Skipped, ...]
-    seed: int
+    seed: int | None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class FailureFound:
       before is withdrawn
     - failed_runs of `runs`: how often the case failed when it was run again
     - maps: what the kernel wrote then
+    - arguments: what else a kernel test's function was called with, that was drawn
     """
 
     job: Job
@@ -78,6 +81,7 @@ class FailureFound:
     failed_runs: int = 1
     runs: int = 1
     maps: tuple[OutputMap, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def withdrawn(self) -> list[str]:

@@ -3,15 +3,18 @@
 A request is a structure and the content seeds to run it with; an executor answers each with a verdict, in order.
 """
 
+import base64
 import json
 import os
+import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 from kernelfuzz.fuzz import worker
 from kernelfuzz.fuzz.job import Job
+from kernelfuzz.fuzz.testing.decorator import KernelTest
 from kernelfuzz.fuzz.verdict import Verdict
 from kernelfuzz.kernels.releases import home
 from kernelfuzz.strategies.case import Case, to_json
@@ -21,11 +24,15 @@ from kernelfuzz.strategies.errors import KernelfuzzError
 @dataclass(frozen=True)
 class Request:
     """A structure to run with each of `seeds`, which take the place of the case's own; with `maps` with one seed, and
-    the verdict says what became of the outputs."""
+    the verdict says what became of the outputs.
+
+    A kernel test's function may take further `arguments` by name, which do not count when requests are compared.
+    """
 
     case: Case
     seeds: tuple[int, ...]
     maps: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def alone(cls, case: Case) -> "Request":
@@ -34,9 +41,26 @@ class Request:
 
     @cached_property
     def message(self) -> bytes:
-        """The request as a line of JSON."""
-        document = {"case": to_json(self.case), "seeds": self.seeds, "maps": self.maps, "rehearsal": False}
-        return json.dumps(document).encode()
+        """The request as a line of JSON. Raises KernelfuzzError for an argument that cannot be sent to a worker."""
+        return json.dumps({**self.document, "arguments": self._packed_arguments()}).encode()
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The request in JSON types, without the arguments."""
+        return {"case": to_json(self.case), "seeds": self.seeds, "maps": self.maps, "rehearsal": False}
+
+    def _packed_arguments(self) -> str:
+        """Return the arguments for a worker, which is as trusted as this process."""
+        if not self.arguments:
+            return ""
+        try:
+            return base64.b64encode(pickle.dumps(dict(self.arguments))).decode()
+        except Exception as error:
+            names = ", ".join(self.arguments)
+            raise KernelfuzzError(
+                f"{names}: cannot be sent to a worker process ({error}): "
+                "make it in the test function, or add --fuzz-isolate=no"
+            ) from error
 
     @property
     def rehearsal(self) -> bytes:
@@ -105,6 +129,7 @@ def job_message(job: Job, sanitizer: str | None = None) -> dict[str, Any]:
         "kernel": str(job.kernel),
         "device": str(job.device),
         "sanitizer": sanitizer,
+        "test": None if job.test is None else job.test.message(),
     }
 
 
@@ -119,18 +144,20 @@ def worker_environment(job: Job) -> dict[str, str]:
 
 
 class LocalExecutor:
-    """Runs requests in this process, for a debugger. What ends or hangs a worker ends or hangs this process."""
+    """Runs requests in this process, for a debugger. What ends or hangs a worker ends or hangs this process. The job's
+    kernel `test` need not be imported where it is given."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, test: KernelTest | None = None) -> None:
         self.replacements = Replacements()
         self._job = job
+        self._test = test
         self._answers: list[tuple[Request, Verdict]] = []
 
     def loaded(self) -> LoadedKernel:
         """Load the kernel."""
         os.environ.update(worker_environment(self._job))
         try:
-            self._loaded = worker.load(job_message(self._job))
+            self._loaded = worker.load(job_message(self._job), self._test)
         except KernelfuzzError as error:
             raise KernelfuzzError(f"{self._job}: {error}") from error
         kernel = self._loaded[1]
@@ -153,7 +180,8 @@ class LocalExecutor:
     def run(self, request: Request) -> Verdict:
         """Run one request."""
         target, kernel, conditions = self._loaded
-        return worker.answer(target, kernel, json.loads(request.message), conditions)
+        message = json.loads(json.dumps(request.document))
+        return worker.answer(target, worker.with_arguments(kernel, request.arguments), message, conditions)
 
     def close(self) -> None:
         """Do nothing: what was loaded stays in this process."""

@@ -1,8 +1,9 @@
 """The folder of a failure as a campaign writes it."""
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,18 @@ class FailureFiles:
     README.md, repro.py and, where the kernel's memory could be looked at, writemap.png. A second kernel with the same
     fingerprint in one campaign gets a folder that names it too. What cannot be written is tried again with the next
     failure and at the end; `problem` says what could not be.
+
+    A kernel `test` is named in the folder: its id, and the plain ones of its parameters.
     """
 
-    def __init__(self, folder: Path, seed: int, sanitizer: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, seed: int | None, sanitizer: str | None = None, test: Mapping[str, Any] | None = None
+    ) -> None:
         self.problem = ""
         self._folder = folder
         self._seed = seed
         self._sanitizer = sanitizer
+        self._test = test
         self._owners: dict[str, Job] = {}
         self._versions: dict[str, str] = {}
         self._first_seen: dict[Path, str] = {}
@@ -115,7 +121,12 @@ class FailureFiles:
         version = self._versions.get(str(found.job), "")
         try:
             return reproducer.script(
-                found.job, found.case, found.failure, version=version, sanitizer=self._sanitizer
+                found.job,
+                found.case,
+                found.failure,
+                version=version,
+                sanitizer=self._sanitizer,
+                arguments=found.arguments,
             ), ""
         except KernelfuzzError as error:
             return "", str(error)
@@ -138,9 +149,19 @@ class FailureFiles:
             "examples": found.examples,
             "seed": self._seed,
             "sanitizer": self._sanitizer,
+            "test": None if self._test is None else {**self._test, "arguments": _in_json(found.arguments)},
             "first_seen": first_seen,
             "environment": environment(),
         }
+
+
+def _in_json(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return arguments that JSON can hold, None if it cannot."""
+    try:
+        again: dict[str, Any] = json.loads(json.dumps(dict(arguments), allow_nan=False))
+    except (TypeError, ValueError):
+        return None
+    return again if again == arguments else None
 
 
 def _json(document: Any) -> Callable[[Path], None]:

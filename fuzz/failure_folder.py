@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class SavedFailure:
     - kernel, device, sanitizer: where it failed, as one writes them on the command line; empty for a case alone
     - version: of the kernel, as it says itself
     - failed_runs of `runs`: how often the case failed when it was run again
+    - test: the id of the kernel test that found it, without what pytest puts in brackets; empty for a campaign
+    - parameters: the plain ones of its fixtures, by their repr; arguments: what else was drawn
     """
 
     path: Path
@@ -37,6 +39,9 @@ class SavedFailure:
     sanitizer: str | None = None
     failed_runs: int = 1
     runs: int = 1
+    test: str = ""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -90,6 +95,9 @@ def read_failure(path: Path) -> SavedFailure:
         raise KernelfuzzError(f"{file} {has}, this kernelfuzz reads schema {SCHEMA}")
     case = read_case(path / "case.json")
     try:
+        test = document.get("test") or {"id": "", "parameters": {}, "arguments": {}}  # campaigns of old lack it
+        if test["arguments"] is None:
+            raise KernelfuzzError(f"{path}: what its test was called with could not be saved: run the test again")
         return SavedFailure(
             path,
             case,
@@ -98,6 +106,9 @@ def read_failure(path: Path) -> SavedFailure:
             sanitizer=document["sanitizer"],
             failed_runs=int(document["failed_runs"]),
             runs=int(document["runs"]),
+            test=str(test["id"]).partition("[")[0],
+            parameters=dict(test["parameters"]),
+            arguments=dict(test["arguments"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise KernelfuzzError(f"{file} is malformed: {type(error).__name__}: {error}") from error

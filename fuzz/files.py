@@ -13,7 +13,7 @@ from kernelfuzz.fuzz.executor import Request
 from kernelfuzz.fuzz.job import Job
 from kernelfuzz.fuzz.names import file_name
 from kernelfuzz.fuzz.summary import Summary
-from kernelfuzz.fuzz.targets import get_target
+from kernelfuzz.fuzz.targets import case_type
 from kernelfuzz.strategies.case import Case, from_json
 from kernelfuzz.strategies.errors import KernelfuzzError
 
@@ -61,7 +61,7 @@ def read_case(path: Path) -> Case:
     """Read a case file. Raises KernelfuzzError for a file that is not one."""
     document = read_json(path)
     try:
-        return from_json(get_target(str(document.get("target"))).case_type, document)
+        return from_json(case_type(str(document.get("target"))), document)
     except KernelfuzzError as error:
         raise KernelfuzzError(f"{path}: {error}") from error
 

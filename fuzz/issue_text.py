@@ -1,5 +1,6 @@
 """What a failure folder's README.md says: text that is ready to be pasted into an issue tracker."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,17 +48,14 @@ def _lines(found: FailureFound, document: Mapping[str, Any], why_no_script: str)
         yield ""
     yield "## How to see it"
     yield ""
-    if why_no_script:
-        yield f"`kernelfuzz replay .` in this folder. There is no script: {why_no_script}."
-    else:
-        yield "`python repro.py` needs torch and the kernel's package. It exits with 1 while the bug is there, with 0"
-        yield "when it is fixed. With kernelfuzz: `kernelfuzz replay .` in this folder."
+    yield from _how(document, why_no_script)
     yield ""
     yield _reliability(found)
     yield ""
     yield "## The smallest case found" if found.shrunk else "## The case as it was found; it could not be shrunk"
     yield ""
-    yield from _code([line.plain.strip() for line in case_lines(found.case)])
+    arguments = [f"{name}={value!r}" for name, value in found.arguments.items()]
+    yield from _code([line.plain.strip() for line in case_lines(found.case)] + arguments)
     yield "## Where it was found"
     yield ""
     rows = {
@@ -65,7 +63,7 @@ def _lines(found: FailureFound, document: Mapping[str, Any], why_no_script: str)
         "device": document["device"],
         "contract clause": failure.clause,
         "fingerprint": found.fingerprint,
-        "first seen": f"{document['first_seen']}, example {found.examples:,} with seed {document['seed']}",
+        "first seen": _first_seen(found, document),
         "sanitizer": document["sanitizer"] or "",
         **document["environment"],
     }
@@ -74,6 +72,24 @@ def _lines(found: FailureFound, document: Mapping[str, Any], why_no_script: str)
     for name, value in rows.items():
         if value:
             yield f"| {name} | {str(value).replace('|', chr(92) + '|')} |"
+
+
+def _how(document: Mapping[str, Any], why_no_script: str) -> Iterator[str]:
+    """Say how the failure is seen again."""
+    command = "`kernelfuzz replay .` in this folder"
+    if document["test"] is not None:
+        name = document["test"]["id"].partition("[")[0]
+        command = f"`{shlex.join(['pytest', name, '--fuzz-replay'])} THIS_FOLDER`"
+    if why_no_script:
+        yield f"{command}. There is no script: {why_no_script}."
+        return
+    yield "`python repro.py` needs torch and the kernel's package. It exits with 1 while the bug is there, with 0"
+    yield f"when it is fixed. With kernelfuzz: {command}."
+
+
+def _first_seen(found: FailureFound, document: Mapping[str, Any]) -> str:
+    seed = "" if document["seed"] is None else f" with seed {document['seed']}"
+    return f"{document['first_seen']}, example {found.examples:,}{seed}"
 
 
 def _reliability(found: FailureFound) -> str:

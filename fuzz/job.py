@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kernelfuzz.fuzz.targets import TARGETS, Target, get_target
+from kernelfuzz.fuzz.testing.source import TestSource
 from kernelfuzz.kernels import registry
 from kernelfuzz.kernels.base import KernelName
 from kernelfuzz.kernels.registry import DEVICE_KINDS, IMPLEMENTATIONS, Implementation
@@ -13,12 +14,14 @@ from kernelfuzz.strategies.errors import KernelfuzzError
 
 @dataclass(frozen=True)
 class Job:
-    """One target on one kernel on one device."""
+    """One target on one kernel on one device. Where a kernel `test` brings the target, and the kernel unless another
+    one takes its place, workers import it."""
 
     target: Target
     kernel: KernelName
     device: torch.device
     implementation: Implementation
+    test: TestSource | None = None
 
     def __str__(self) -> str:
         return f"{self.target.name} on {self.kernel} ({self.device})"

@@ -18,7 +18,7 @@ from kernelfuzz.fuzz.comparison import compare
 from kernelfuzz.fuzz.targets import Target
 from kernelfuzz.fuzz.verdict import Failure, Verdict, by_severity, judge_output, judge_stray_write, printable
 from kernelfuzz.fuzz.writemap import OutputMap, input_map, output_map
-from kernelfuzz.kernels.base import Kernel, UnsupportedCaseError, WrongResultError
+from kernelfuzz.kernels.base import Kernel, Outputs, UnsupportedCaseError, WrongResultError
 from kernelfuzz.kernels.interpreter import OutOfBoundsError
 from kernelfuzz.oracles.expectation import Expectation, ExpectedError, OutputSpecs
 from kernelfuzz.strategies.case import Case
@@ -114,14 +114,15 @@ def _judge(
     buffers = conditions.buffers(case)
     inputs = target.make_inputs(case, device, buffers.allocate, *([] if seeds is None else [seeds]))
     specs = target.outputs(inputs)
-    outputs = {name: buffers.output(name, spec) for name, spec in specs.items()}
+    outputs = Outputs({name: buffers.output(name, spec) for name, spec in specs.items()})
     initial = buffers.freeze()
     watch.lap("inputs")
     expectation = target.expect(inputs, initial)
     watch.lap("oracle")
     launches = [(inputs, outputs)]
     if seeds is not None:
-        launches = [(inputs.item(i), {name: each[i] for name, each in outputs.items()}) for i in range(len(seeds))]
+        items = [Outputs({name: each[i] for name, each in outputs.items()}) for i in range(len(seeds))]
+        launches = [(inputs.item(i), item) for i, item in enumerate(items)]
     forgotten = case.placement.tensor_on_cpu
     if forgotten is not None:
         launches = [(with_tensor_on_cpu(given, forgotten), written) for given, written in launches]
@@ -182,7 +183,7 @@ def _as_of(placement: Placement, failures: list[Failure]) -> list[Failure]:
 
 def _launch(
     kernel: Kernel,
-    launches: Sequence[tuple[Any, Mapping[str, torch.Tensor]]],
+    launches: Sequence[tuple[Any, Outputs]],
     wanted: ExpectedError | None,
     conditions: Conditions,
     devices: Sequence[torch.device],

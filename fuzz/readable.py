@@ -26,10 +26,8 @@ def _finite(element: dict[str, Any]) -> bool:
 def case_lines(case: Case) -> Iterator[Text]:
     """Return a case as readable lines, several fields to a line; a field that has its usual value is left out."""
     line = "   "
-    for field in dataclasses.fields(case):
-        if getattr(case, field.name) == field.default:
-            continue
-        text = f" {field.name}={_short(getattr(case, field.name))}"
+    for name, value in case.shown().items():
+        text = f" {name}={_short(value)}"
         if len(line) + len(text) > 76:
             yield Text(line)
             line = "   "
@@ -41,6 +39,6 @@ def _short(value: Any) -> str:
     """Return a value of a case without the names of its types: segments as adapter×length."""
     if hasattr(value, "segments"):
         return "[" + " ".join(f"{segment.adapter}×{segment.length}" for segment in value.segments) + "]"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if dataclasses.is_dataclass(value) and type(value).__str__ is object.__str__:
         return "(" + " ".join(f"{name}={_short(inner)}" for name, inner in vars(value).items()) + ")"
     return str(value)

@@ -1,6 +1,7 @@
 """Saved failures, run again: which of them still fail, and which are fixed."""
 
 import dataclasses
+import shlex
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from kernelfuzz.fuzz.job import Job, default_jobs, named_jobs
 from kernelfuzz.fuzz.sanitizer import Tool
 from kernelfuzz.fuzz.verdict import Failure, Verdict
 from kernelfuzz.kernels.registry import parse_device
+from kernelfuzz.strategies import own
 from kernelfuzz.strategies.case import Case
 from kernelfuzz.strategies.errors import KernelfuzzError
 
@@ -127,6 +129,9 @@ def _jobs(saved: SavedFailure, kernel: str, device: torch.device | None) -> list
         except KernelfuzzError as error:
             raise KernelfuzzError(f"{error}; name another one with --device") from error
     target = saved.case.target
+    if saved.test and (target == own.Case.target or kernel == saved.kernel):
+        command = shlex.join(["pytest", saved.test, "--fuzz-replay", str(saved.path)])
+        raise KernelfuzzError(f"a kernel test has found it: {command}")
     if kernel:
         return named_jobs([target], [kernel], device)
     jobs, skipped = default_jobs([target], device)

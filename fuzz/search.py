@@ -12,7 +12,6 @@ for one bug, which is called by the first of these failures.
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -26,8 +25,8 @@ from kernelfuzz.fuzz.executor import Executor, Request, WorkerLostError
 from kernelfuzz.fuzz.failures import exception_class, fingerprint, fingerprints
 from kernelfuzz.fuzz.generation import Chunk, EndedError, SavedExamples, hypothesis_test
 from kernelfuzz.fuzz.job import Job
-from kernelfuzz.fuzz.simplify import simpler
-from kernelfuzz.fuzz.verdict import KINDS, Failure, Verdict
+from kernelfuzz.fuzz.smallest import SHRINK_LAUNCHES, SHRINK_SECONDS, Sighting, confirm, pinned, simplify
+from kernelfuzz.fuzz.verdict import KINDS, Verdict
 from kernelfuzz.strategies.case import Case, derive_seed
 from kernelfuzz.strategies.errors import KernelfuzzError
 
@@ -35,43 +34,16 @@ FIRST_CHUNK = 50
 LARGEST_CHUNK = 1600
 """Examples of the first chunk, doubled from one to the next, and at most: drawing them again takes seconds."""
 
-SHRINK_SECONDS = 60.0
-"""How long one failure may be shrunk where the budget is time. Where it is examples, Hypothesis's own limit of 300 s
-holds."""
-
-SHRINK_LAUNCHES = {"crash": 60, "hang": 6}
-"""How many launches that may take, where each costs a worker."""
-
-SIMPLIFY_SECONDS = 20.0
-"""How long simpler contents may be tried for it after that."""
-
 SMALL_SIZE = 4
 """Tokens of a shrunk case that a person takes in at once."""
 
 SECOND_TRY_EXAMPLES = 300
 """Cases that are tried for a failure that is still large, or that was seen but not shrunk."""
 
-RUNS = 10
-"""How often a shrunk case is run again, to say how reliably it fails."""
-
-RUNS_OF_KIND = {"crash": 3, "hang": 1}
-"""Where that takes long it is run less often, unless it passes once."""
-
 MOST_ERRORS = 20
 """Cases that the harness may fail to judge before it gives up on a job."""
 
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True)
-class Sighting:
-    """A case that failed: with what, and in how many of so many further runs."""
-
-    failure: Failure
-    case: Case
-    verdict: Verdict
-    failed_runs: int = 1
-    runs: int = 1
 
 
 RecordInFlight = Callable[[Sequence[Request]], None]
@@ -171,7 +143,8 @@ class Search:
             name = min(unshrunk)
             self._shrink(_Shrinking(self, {}, name), chunk, saved, small)
             if name not in self._bugs:  # it is not to be seen again, and is reported as it was found
-                self._finish(name, self._confirm(name, self._sightings[name]), shrunk=False, is_smallest=False)
+                again = confirm(self.job, partial(self._judge, shrinking=True), name, self._sightings[name])
+                self._finish(name, again, shrunk=False, is_smallest=False)
             number += 1
 
     def _replay(self, chunk: Chunk, saved: "SavedExamples", small: st.SearchStrategy[Case] | None) -> None:
@@ -300,47 +273,18 @@ class Search:
                 rounds[1].run(Chunk(small, chunk.seed, SECOND_TRY_EXAMPLES), None, Phase.generate)
                 best = rounds[1].smallest or best
             if first.focus is not None and best is not None:
-                best = self._simplify(first.focus, best)
-                best = self._confirm(first.focus, best)
+                judge = partial(self._judge, shrinking=True)
+                best = simplify(self.job, judge, first.focus, best, hurries=self.deadline is not None)
+                best = confirm(self.job, judge, first.focus, best)
                 original = self._sightings[first.focus]
                 is_smallest = True
                 if best.failed_runs < best.runs or best.case.size > original.case.size:
-                    best = min(best, self._confirm(first.focus, original), key=_worth)
+                    best = min(best, confirm(self.job, judge, first.focus, original), key=_worth)
                     is_smallest = best.case != original.case
         finally:
             best = best or rounds[-1].smallest or first.smallest
             if first.focus is not None and best is not None:
                 self._finish(first.focus, best, shrunk=True, is_smallest=is_smallest)
-
-    def _simplify(self, name: str, best: Sighting) -> Sighting:
-        """Return a failing case with simpler contents, if there is one."""
-        tried = {best.case}
-        until = time.monotonic() + SIMPLIFY_SECONDS
-        while True:
-            for case in simpler(best.case, self.job.target.reducible):
-                if case in tried or (self.deadline is not None and time.monotonic() >= until):
-                    continue
-                if best.failure.kind == "hang":  # each would take as long again
-                    return best
-                tried.add(case)
-                verdict = self._judge(Request.alone(case), shrinking=True)
-                if failure := fingerprints(self.job, verdict).get(name):
-                    best = Sighting(failure, case, verdict)
-                    break
-            else:
-                return best
-
-    def _confirm(self, name: str, found: Sighting) -> Sighting:
-        """Run a failing case again, and say how often it failed, with the verdict of a run in which it did."""
-        request = dataclasses.replace(Request.alone(found.case), maps=True)
-        failed, runs, best = 0, 0, found
-        while runs < (RUNS if failed < runs else RUNS_OF_KIND.get(found.failure.kind, RUNS)):
-            verdict = self._judge(request, shrinking=True)
-            runs += 1
-            if failure := fingerprints(self.job, verdict).get(name):
-                failed += 1
-                best = Sighting(failure, found.case, verdict) if failed == 1 else best
-        return dataclasses.replace(best, failed_runs=failed, runs=runs)
 
     def _finish(self, name: str, best: Sighting, *, shrunk: bool, is_smallest: bool) -> None:
         """Emit the smallest case of a bug. All that it shows is the bug; if that was shrunk before, it is that one. A
@@ -398,11 +342,6 @@ def _worth(found: Sighting) -> tuple[float, int]:
 def _rank(bug: events.FailureFound) -> tuple[int, int]:
     """Return a key that puts first what a bug is reported as: the most severe failure, then the smallest case."""
     return KINDS.index(bug.failure.kind), bug.case.size
-
-
-def pinned(case: Case, verdict: Verdict) -> Case:
-    """Return the case with the content seed that its verdict is about."""
-    return case if verdict.seed is None else dataclasses.replace(case, seed=verdict.seed)
 
 
 class _Shrinking:

@@ -1,4 +1,5 @@
-"""Simpler contents for the smallest case of a failure: what Hypothesis, which sees a case's fields only, cannot try."""
+"""What makes the smallest case of a failure simpler to read and Hypothesis, which only walks down a case's fields,
+cannot try: simpler contents and round sizes."""
 
 import typing
 from collections.abc import Iterator
@@ -7,12 +8,27 @@ from dataclasses import replace
 from kernelfuzz.strategies.case import Case
 from kernelfuzz.strategies.reduction import Reduced, Reducible
 
+LARGEST_ROUNDED = 1024
+"""The largest size that another one is raised to: how much memory a huge case may take is worked out for its sizes."""
 
-def simpler(case: Case, reducible: Reducible) -> Iterator[Case]:
-    """Yield cases of the same structure whose contents are a step simpler: the seed 0, a simpler style, one more of the
-    `reducible` tensors constant or one-hot."""
+
+def simpler(case: Case, reducible: Reducible, roundable: tuple[str, ...]) -> Iterator[Case]:
+    """Yield cases that are a step simpler: the seed 0, a simpler style, one more of the `reducible` tensors constant or
+    one-hot; then one of the `roundable` sizes raised to the next power of two.
+
+    No case takes back a step of another kind, so that steps come to an end.
+    """
     if case.seed != 0:
         yield replace(case, seed=0)
+    yield from _simpler_contents(case, reducible)
+    for name in roundable:
+        size = getattr(case, name)
+        rounded = 1 << (size - 1).bit_length()
+        if size < rounded <= LARGEST_ROUNDED:
+            yield replace(case, **{name: rounded})
+
+
+def _simpler_contents(case: Case, reducible: Reducible) -> Iterator[Case]:
     contents = typing.get_type_hints(type(case)).get("contents")
     if contents is None:
         return

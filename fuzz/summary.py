@@ -86,7 +86,7 @@ class Summary:
         self._known = known
         self.jobs: list[JobSummary] = []
         self.skipped: tuple[Skipped, ...] = ()
-        self.seed = 0
+        self.seed: int | None = None
         self.finished = False
         self.interrupted = False
         self._job_started = 0.0

@@ -13,7 +13,15 @@ from kernelfuzz.oracles import lora_shrink_expand as lora_shrink_expand_oracle
 from kernelfuzz.oracles import moe_lora_align as moe_lora_align_oracle
 from kernelfuzz.oracles import moe_permute as moe_permute_oracle
 from kernelfuzz.oracles.expectation import Expectation, OutputSpecs
-from kernelfuzz.strategies import bgmv, fp8_layout, fused_moe_lora, lora_shrink_expand, moe_lora_align, moe_permute
+from kernelfuzz.strategies import (
+    bgmv,
+    fp8_layout,
+    fused_moe_lora,
+    lora_shrink_expand,
+    moe_lora_align,
+    moe_permute,
+    own,
+)
 from kernelfuzz.strategies.case import Case
 from kernelfuzz.strategies.errors import KernelfuzzError
 from kernelfuzz.strategies.reduction import Reducible, reduce_inputs
@@ -27,7 +35,8 @@ class Target:
     make_inputs takes several content seeds at once, and outputs and expect take what it makes of them. `specialised`
     names the fields of a case that its kernels are compiled for; where there are any, cases takes a `palette`.
     huge_cases draws the cases of the regime huge, where there is one. `small` are the arguments with which cases draws
-    small ones; `reducible` are the input tensors that a case's `reduced` may name.
+    small ones; `reducible` are the input tensors that a case's `reduced` may name, `roundable` the sizes that may be
+    raised one by one.
     """
 
     name: str
@@ -39,6 +48,7 @@ class Target:
     expect: Callable[[Any, Any], Expectation]
     small: Mapping[str, Any]
     reducible: Reducible = field(default_factory=dict)
+    roundable: tuple[str, ...] = ()
     stackable: bool = False
     specialised: tuple[str, ...] = ()
     huge_cases: Callable[..., st.SearchStrategy[Any]] | None = None
@@ -60,6 +70,7 @@ def _target(strategy: Any, oracle: Any) -> Target:
         expect=oracle.expect,
         small=strategy.SMALL,
         reducible=getattr(strategy, "REDUCIBLE", {}),
+        roundable=getattr(strategy, "ROUNDABLE", ()),
         stackable=getattr(strategy, "STACKABLE", False),
         specialised=getattr(strategy, "SPECIALISED", ()),
         huge_cases=getattr(strategy, "huge_cases", None),
@@ -85,3 +96,11 @@ def get_target(name: str) -> Target:
     if name not in TARGETS:
         raise KernelfuzzError(f"unknown target {name!r}: expected one of {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def case_type(name: str) -> type[Case]:
+    """Return the cases' type of a target, or of the tests of users that have an oracle of their own.
+
+    Raises KernelfuzzError for another name.
+    """
+    return own.Case if name == own.Case.target else get_target(name).case_type

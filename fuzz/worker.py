@@ -4,12 +4,16 @@ Messages are JSON in both directions. The first one in names the job; the first 
 or why not. stdout and stderr belong to the code under test.
 """
 
+import base64
 import json
 import os
+import pickle
 import select
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,9 +23,12 @@ from kernelfuzz.fuzz.buffers import Memory
 from kernelfuzz.fuzz.forkserver import end_with_parent, ignore_signals, keep_no_core_file
 from kernelfuzz.fuzz.launch import Conditions, filled_scratch, judge, judge_alone, unusable
 from kernelfuzz.fuzz.targets import Target, get_target
+from kernelfuzz.fuzz.testing.decorator import KernelTest
+from kernelfuzz.fuzz.testing.source import TestSource
 from kernelfuzz.fuzz.verdict import UNUSABLE_AFTERWARDS, Failure, Verdict
 from kernelfuzz.kernels import registry
 from kernelfuzz.kernels.base import Kernel, KernelName
+from kernelfuzz.kernels.user import interpret
 from kernelfuzz.strategies.case import from_json
 from kernelfuzz.strategies.errors import KernelfuzzError
 
@@ -56,29 +63,43 @@ def _end_with_the_other_side(descriptor: int) -> None:
     os._exit(1)
 
 
-def load(request: dict[str, Any]) -> tuple[Target, Kernel, Conditions]:
-    """Load the kernel that a job's first message names, and return with it what its cases are run under.
+def load(request: dict[str, Any], test: KernelTest | None = None) -> tuple[Target, Kernel, Conditions]:
+    """Load the kernel that a job's first message names, and return with it what its cases are run under. A kernel test
+    that the message names is imported, unless this process has it: `test`.
 
     Raises KernelfuzzError, in one line, if it cannot be loaded.
     """
     device = torch.device(request["device"])
     if device.type != "cpu":
         device = torch.device(device.type, device.index or 0)  # whichever device is current
-    target = get_target(request["target"])
-    name = KernelName.parse(request["kernel"])
     try:
-        implementation = registry.find(target.name, name)
-        if implementation is None:
-            raise KernelfuzzError(f"{name} does not implement {target.name}")
-        kernel = implementation.load(name, device)
+        target, kernel, guards = _load(request, device, test)
     except Exception as error:
         text = str(error) if isinstance(error, KernelfuzzError) else f"{type(error).__name__}: {error}"
         raise KernelfuzzError(text.splitlines()[0] if text else repr(error)) from error
     import_all()
-    memory: Memory = "guarded" if implementation.guard_pages and device.type == "cpu" else "shared"
+    memory: Memory = "guarded" if guards and device.type == "cpu" else "shared"
     # A sanitizer knows where allocations end; and scratch that was filled would never count as uninitialised.
     tool = request["sanitizer"]
     return target, kernel, Conditions(device, memory if tool is None else "exact", fills_scratch=tool != "initcheck")
+
+
+def _load(request: dict[str, Any], device: torch.device, test: KernelTest | None) -> tuple[Target, Kernel, bool]:
+    """Return a job's target, its kernel, and whether memory behind tensors is to be guarded: what may be native code.
+
+    Both may come from the file of a kernel test.
+    """
+    name = KernelName.parse(request["kernel"])
+    if request["test"] is not None:
+        interpret(device)
+        test = test or KernelTest.load(TestSource.from_message(request["test"]))
+        if name.package == test.source.name:
+            return test.target, test.kernel(), True
+    target = get_target(request["target"]) if test is None else test.target
+    implementation = registry.find(target.name, name)
+    if implementation is None:
+        raise KernelfuzzError(f"{name} does not implement {target.name}")
+    return target, implementation.load(name, device), implementation.guard_pages
 
 
 def import_all() -> None:
@@ -119,6 +140,8 @@ def answer(target: Target, kernel: Kernel, message: dict[str, Any], conditions: 
     """Return the verdict on a request. What goes wrong outside the kernel's launch is the harness's own error."""
     try:
         case = from_json(target.case_type, message["case"])
+        if message.get("arguments"):
+            kernel = with_arguments(kernel, pickle.loads(base64.b64decode(message["arguments"])))
         if message["rehearsal"]:
             judge_alone(target, None, case, conditions)
             return Verdict()
@@ -129,6 +152,11 @@ def answer(target: Target, kernel: Kernel, message: dict[str, Any], conditions: 
         return Verdict(error=(str(error) or repr(error)).splitlines()[0], own_error=True)
     except Exception as error:  # what a kernel raises is in the verdict
         return Verdict(error=f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def with_arguments(kernel: Kernel, arguments: Mapping[str, Any]) -> Kernel:
+    """Return a kernel whose launch is given further arguments by name."""
+    return replace(kernel, launch=partial(kernel.launch, **arguments)) if arguments else kernel
 
 
 def _send(connection: Connection, message: dict[str, Any]) -> None:

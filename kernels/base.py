@@ -13,6 +13,16 @@ Launch = Callable[[Any, Mapping[str, torch.Tensor]], None]
 """A kernel's entry: takes a target's inputs and the output tensors by name, and writes the outputs in place."""
 
 
+class Outputs(dict[str, torch.Tensor]):
+    """The output tensors of a launch by name, as items and as attributes."""
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no output {name!r}: expected one of {', '.join(self)}") from None
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel that is loaded in this process.

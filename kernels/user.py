@@ -17,8 +17,7 @@ def load(name: str, device: torch.device) -> Kernel:
     module_name, _, function = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    if device.type == "cpu" and importlib.util.find_spec("triton") is not None:
-        interpreter.install()
+    interpret(device)
     try:
         launch = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as error:
@@ -26,3 +25,10 @@ def load(name: str, device: torch.device) -> Kernel:
     if not callable(launch):
         raise KernelfuzzError(f"kernel {name!r} is not callable: name a function (inputs, outputs)")
     return Kernel(launch, "user")
+
+
+def interpret(device: torch.device) -> None:
+    """Have Triton kernels run in the mended interpreter where `device` is a CPU; to be called before their modules are
+    imported. Raises KernelfuzzError where Triton compiles them in this process."""
+    if device.type == "cpu" and importlib.util.find_spec("triton") is not None:
+        interpreter.install()

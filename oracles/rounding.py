@@ -12,8 +12,13 @@ the smallest normal number, since they may flush subnormals to zero.
 An `Approximation` carries a float64 reference value and a bound on how far a correct kernel may be from it; each
 function applies one step of the kernel to both. The reference's own rounding, 2^-53, is far below every bound and is
 left out.
+
+Steps that a device does not round to nearest take `ulps`, units in the last place, as vendors document them: 2 for
+Triton's float32 division, square root and its reciprocal, 2 for exp (CUDA C++ Programming Guide, appendix
+"Mathematical Functions", full range, default compilation).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +44,14 @@ def half_subnormal(dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Approximation:
-    """A float64 reference `value` and a float64 bound `error` on a correct kernel's distance from it, elementwise."""
+    """A float64 reference `value` and a float64 bound `error` on a correct kernel's distance from it, elementwise.
+
+    `dtype` is what it was last rounded into; None for an intermediate result.
+    """
 
     value: torch.Tensor
     error: torch.Tensor
+    dtype: torch.dtype | None = None
 
     def magnitude(self) -> torch.Tensor:
         """Return the largest absolute value that a correct kernel may hold."""
@@ -56,7 +65,7 @@ class Approximation:
 def exact(tensor: torch.Tensor) -> Approximation:
     """Take a tensor's values as they are: the oracle starts from inputs that are already quantised."""
     value = tensor.to(torch.float64)
-    return Approximation(value, torch.zeros_like(value))
+    return Approximation(value, torch.zeros_like(value), tensor.dtype)
 
 
 def dot(equation: str, left: Approximation, right: Approximation, terms: int, *, extra: int = 0) -> Approximation:
@@ -81,6 +90,48 @@ def multiply(left: Approximation, right: Approximation) -> Approximation:
     return Approximation(left.value * right.value, error)
 
 
+def accumulate(number: Approximation, dim: int) -> Approximation:
+    """Sum over a dimension, which is kept with size 1, as float32 accumulation in any order does.
+
+    error <= gamma_n (|x| + dx) + dx, each summed: n - 1 roundings of partial sums, and one for a term that is not exact
+    in float32.
+    """
+    count = number.value.shape[dim]
+    absolute = number.magnitude().sum(dim, keepdim=True)
+    error = gamma(count, ACCUMULATOR_ROUNDOFF) * absolute + count * ACCUMULATOR_UNDERFLOW
+    return Approximation(number.value.sum(dim, keepdim=True), error + number.error.sum(dim, keepdim=True))
+
+
+def divide(left: Approximation, right: Approximation, *, ulps: float = 2.0) -> Approximation:
+    """Divide elementwise in float32 (tensors broadcast). Where the divisor may be zero the error is infinite."""
+    smallest = (right.value.abs() - right.error).clamp_min(0)
+    value = left.value / right.value
+    # |x/y - x'/y'| <= (dx + |x/y| dy) / |y'|
+    propagated = (left.error + value.abs() * right.error) / smallest
+    error = propagated + ulps * ACCUMULATOR_ROUNDOFF * (value.abs() + propagated) + ACCUMULATOR_UNDERFLOW
+    return Approximation(value, torch.where(smallest > 0, error, torch.inf))
+
+
+def monotone(
+    function: Callable[[torch.Tensor], torch.Tensor], number: Approximation, *, ulps: float = 2.0
+) -> Approximation:
+    """Apply a monotone `function` of float64 tensors elementwise in float32, like torch.exp, torch.sqrt or torch.rsqrt.
+
+    What is wrong with the argument is carried on by the function's values at both ends of its interval. The error is
+    infinite where the function has no value there.
+    """
+    value = function(number.value)
+    ends = [(function(number.value + sign * number.error) - value).abs() for sign in (1, -1)]
+    propagated = torch.maximum(*ends).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    error = propagated + ulps * ACCUMULATOR_ROUNDOFF * (value.abs() + propagated) + ACCUMULATOR_UNDERFLOW
+    return Approximation(value, error)
+
+
+def negative(number: Approximation) -> Approximation:
+    """Change the sign, exactly."""
+    return Approximation(-number.value, number.error, number.dtype)
+
+
 def add(left: Approximation, right: Approximation) -> Approximation:
     """Add elementwise without rounding; the cast of the sum is a step of its own."""
     return Approximation(left.value + right.value, left.error + right.error)
@@ -97,6 +148,6 @@ def cast(
     """
     roundoff, underflow = unit_roundoff(dtype), half_subnormal(dtype)
     if count == 1 or parts is None:
-        return Approximation(number.value, number.error + roundoff * number.magnitude() + underflow)
+        return Approximation(number.value, number.error + roundoff * number.magnitude() + underflow, dtype)
     error = number.error + gamma(2 * count - 1, roundoff) * parts.magnitude() + (2 * count - 1) * underflow
-    return Approximation(number.value, error)
+    return Approximation(number.value, error, dtype)

@@ -37,6 +37,14 @@ class Case:
         """What a person counts first in a case: its tokens."""
         raise NotImplementedError
 
+    def shown(self) -> dict[str, Any]:
+        """Return what a person is shown of the case, by name: the fields that have not their usual value."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
 
 def to_json(case: Case) -> dict[str, Any]:
     """Return the case as a JSON object ``{schema, target, case}``."""
@@ -79,10 +87,11 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(typing.cast(type, kind), value, where)
     if origin in (Union, types.UnionType):
-        if value is None:
+        inner = [argument for argument in arguments if argument is not type(None)]
+        if value is None and len(inner) < len(arguments):
             return None
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _decode(inner, value, where)
+        fitting = [argument for argument in inner if _fits(argument, value)]
+        return _decode((fitting or inner)[0], value, where)
     if origin is tuple and isinstance(value, (list, tuple)):
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
@@ -96,6 +105,15 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return value
     legal = " or ".join(map(repr, arguments)) if origin is typing.Literal else getattr(kind, "__name__", kind)
     raise KernelfuzzError(f"malformed case file: {where} is {value!r}, expected {legal}")
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value from JSON is, on the face of it, one of type `kind`, to choose between those of a union."""
+    if dataclasses.is_dataclass(kind):
+        return isinstance(value, Mapping)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, (list, tuple))
+    return type(value) is kind
 
 
 def _decode_dataclass(cls: type, value: Any, where: str) -> Any:

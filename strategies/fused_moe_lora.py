@@ -35,6 +35,10 @@ SMALL: dict[str, Any] = {**SMALL_BATCHES}
 REDUCIBLE: Reducible = {"x": PATTERNS, "lora_a": PATTERNS, "lora_b": PATTERNS, "topk_weights": ("ones",)}
 """What a shrunk case's tensors may hold instead of their contents. No routing weight is 0."""
 
+ROUNDABLE = ("hidden", "rank")
+"""Sizes of a shrunk case that may be raised one by one. A power of two, ONE_SHOT_MAX_RANK is not crossed by one that is
+raised to the next, and so a case that has a split-K still takes the path that has one."""
+
 
 @dataclass(frozen=True)
 class Tiles:

@@ -30,6 +30,9 @@ SMALL: dict[str, Any] = {**SMALL_BATCHES}
 REDUCIBLE: Reducible = {"x": PATTERNS, "weights": PATTERNS}
 """What a shrunk case's tensors may hold instead of their contents."""
 
+ROUNDABLE = ("hidden", "rank")
+"""Sizes of a shrunk case that may be raised one by one. The hidden size of an expand is 1 already."""
+
 
 @dataclass(frozen=True)
 class Case(BaseCase):

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import random
-import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kernelfuzz.fuzz import events
+from kernelfuzz.fuzz.budget import parse_seconds
 from kernelfuzz.fuzz.campaign import Budget, run_campaign
 from kernelfuzz.fuzz.cli.isolation import isolation_of, sanitizer_tool
 from kernelfuzz.fuzz.console import Display
@@ -36,7 +36,6 @@ INTERRUPTED = 130
 """What a shell reports of a command that Ctrl-C ended: 128 + SIGINT."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def run(
@@ -173,11 +172,7 @@ def _budget(examples: int | None, time: str | None) -> Budget:
         return Budget(examples=examples)
     if time is None:
         return Budget(seconds=DEFAULT_SECONDS)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", time)
-    seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
-    if seconds <= 0:
-        raise KernelfuzzError(f"--time {time!r}: expected a positive time like 90s, 10m or 2h")
-    return Budget(seconds=seconds)
+    return Budget(seconds=parse_seconds("--time", time))
 
 
 def _take(folder: Path) -> int:

@@ -1,15 +1,20 @@
 """How a script gets a kernel and calls it."""
 
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from kernelfuzz.fuzz.job import Job
 from kernelfuzz.fuzz.reproducer import fp8_layout
 from kernelfuzz.fuzz.reproducer.literals import namespace
+from kernelfuzz.fuzz.testing.source import TestSource
+from kernelfuzz.strategies import own
 from kernelfuzz.strategies.errors import KernelfuzzError
+
+NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -28,18 +33,21 @@ class Access:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a script is about: the job, the version of its kernel, the inputs of the case, and the names of the output
-    variables by output."""
+    """What a script is about: the job, the version of its kernel, the inputs of the case, the names of the output
+    variables by output, and what else a kernel test's function is given."""
 
     job: Job
     version: str
     inputs: Any
     outputs: dict[str, str]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def access(subject: Subject) -> Access:
     """Return how the kernel is got and called. Raises KernelfuzzError for one that no script can get."""
-    package = subject.job.kernel.package
+    package, test = subject.job.kernel.package, subject.job.test
+    if test is not None and package == test.name:
+        return _of_test(subject, test)
     if ":" in package:
         return _of_user(subject)
     make = _ACCESS.get((subject.job.target.name, package)) or _ACCESS.get(("", package))
@@ -67,19 +75,53 @@ def _of_user(subject: Subject) -> Access:
     )
 
 
-def _bundle(subject: Subject) -> str:
-    """Return code that makes `inputs` and `outputs` as kernelfuzz hands them to a kernel."""
-    inputs = vars(subject.inputs).items()
-    given = ["case=case", *(f"{name}={_given(name, value)}" for name, value in inputs if name != "case")]
-    outputs = ", ".join(f'"{name}": {variable}' for name, variable in subject.outputs.items())
-    return (
-        f"case = {namespace(subject.inputs.case)}\n"
-        f"inputs = SimpleNamespace({', '.join(given)})\noutputs = {{{outputs}}}\n"
+def _of_test(subject: Subject, test: TestSource) -> Access:
+    """A kernel test's function, from its file. `kernel_test` leaves it there as it was written."""
+    path, _, method = test.name.rpartition(".")
+    owner = f"test_module.{path}()." if path else "test_module."
+    load = f"""\
+# The file of the test, whose function calls the kernel.
+file = Path({test.file!r})
+sys.path.insert(0, str(file.parent))
+spec = importlib.util.spec_from_file_location(file.stem, file)
+test_module = importlib.util.module_from_spec(spec)
+sys.modules[file.stem] = test_module
+spec.loader.exec_module(test_module)
+launch = {owner}{method}.kernel_test.function
+
+
+class Outputs(dict):
+    __getattr__ = dict.__getitem__
+"""
+    given = "".join(f", {name}={value!r}" for name, value in subject.arguments.items())
+    instance = f"test_module.{path}(), " if path else ""
+    return Access(
+        load,
+        f"{_bundle(subject, 'Outputs(')}launch({instance}inputs, outputs{given})\n",
+        _device(subject),
+        (
+            "import importlib.util",
+            "from pathlib import Path",
+            "from types import SimpleNamespace",
+            *_interpreted(subject),
+        ),
     )
 
 
+def _bundle(subject: Subject, kind: str = "") -> str:
+    """Return code that makes `inputs` and `outputs`, a dict or a `kind` of it, as kernelfuzz hands them to a kernel."""
+    inputs = vars(subject.inputs).items()
+    given = [f"{name}={_given(name, value)}" for name, value in inputs if name != "case"]
+    outputs = ", ".join(f'"{name}": {variable}' for name, variable in subject.outputs.items())
+    case = ""
+    if not isinstance(subject.inputs.case, own.Case):  # which says no more than the inputs themselves
+        given = ["case=case", *given]
+        case = f"case = {namespace(subject.inputs.case)}\n"
+    return f"{case}inputs = SimpleNamespace({', '.join(given)})\noutputs = {kind}{{{outputs}}}{')' if kind else ''}\n"
+
+
 def _given(name: str, value: Any) -> str:
-    return repr(value) if value is None or isinstance(value, int) else name
+    return repr(value) if value is None or isinstance(value, (int, float, str)) else name
 
 
 def _of_example(subject: Subject) -> Access:

@@ -63,6 +63,8 @@ def expression(tensor: torch.Tensor) -> str:
         return expression_of_constant(first, shape, tensor.dtype)
     if tensor.numel() == 0:
         return f"torch.empty({shape}, dtype={tensor.dtype})"
+    if tensor.dtype == torch.bool:
+        return f"{expression(tensor.to(torch.uint8))}.bool()"
     if tensor.numel() <= MOST_ELEMENTS:
         return f"torch.tensor({_nested(tensor.tolist())}, dtype={tensor.dtype})"
     data = tensor.view(torch.uint8).flatten().numpy().tobytes()

@@ -6,9 +6,13 @@ bool: the elements to which that applies, all others must be exact. Where a cont
 it sorts them in the output. Elements that may hold anything it takes over from the output.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
+from kernelfuzz.fuzz.reproducer import literals
+from kernelfuzz.oracles.expectation import Expectation
 from kernelfuzz.strategies import bgmv, fp8_layout, fused_moe_lora, lora_shrink_expand, moe_lora_align, moe_permute
 
 SIZES = {
@@ -26,6 +30,22 @@ def _start(*names: str) -> str:
 def _start_rounded(name: str) -> str:
     """As `_start`, for an output that may differ by rounding where it is written."""
     return _start(name) + f"{name}_written = torch.zeros_like({name}, dtype=torch.bool)\n"
+
+
+def literal_reference(expectation: Expectation, names: Mapping[str, str]) -> str:
+    """Return code for outputs of which only the values are known, not how they come about; `names` are the variables of
+    the outputs. Raises KernelfuzzError for values that are too many to be written down."""
+    code = ""
+    for output, expected in expectation.outputs.items():
+        name, written, free = names[output], expected.mask("write"), expected.mask("free")
+        values = expected.values.to(torch.float64)
+        code += f"{name}_written = {literals.expression(written)}\n"
+        code += f"{name}_expected = {literals.expression(torch.where(written, values, 0.0))}\n"
+        if not bool(written.all()):
+            code += f"{name}_expected = {name}_expected.where({name}_written, {name}_before.double())\n"
+        if bool(free.any()):
+            code += f"{name}_expected = {name}.double().where({literals.expression(free)}, {name}_expected)\n"
+    return code
 
 
 def _bgmv(inputs: bgmv.Inputs) -> str:

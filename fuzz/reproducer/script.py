@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 
 from kernelfuzz.fuzz.job import Job
 from kernelfuzz.fuzz.reproducer import literals
-from kernelfuzz.fuzz.reproducer.kernels import Access, Subject, access
-from kernelfuzz.fuzz.reproducer.references import REFERENCES, SIZES
+from kernelfuzz.fuzz.reproducer.kernels import NO_ARGUMENTS, Access, Subject, access
+from kernelfuzz.fuzz.reproducer.references import REFERENCES, SIZES, literal_reference
 from kernelfuzz.fuzz.verdict import UNUSABLE_AFTERWARDS, Failure
 from kernelfuzz.oracles.expectation import Expectation, OutputSpec
 from kernelfuzz.strategies.case import Case
@@ -114,12 +114,20 @@ class _Bug:
 
 
 def script(
-    job: Job, case: Case, failure: Failure, *, version: str, sanitizer: str | None = None, pytest: bool = False
+    job: Job,
+    case: Case,
+    failure: Failure,
+    *,
+    version: str,
+    sanitizer: str | None = None,
+    arguments: Mapping[str, Any] = NO_ARGUMENTS,
+    pytest: bool = False,
 ) -> str:
     """Return a script that shows a failure of a case on a job's kernel of that `version`: it exits with 1 while the bug
     is there and with 0 when it is fixed, and with 2 where it cannot run. With `pytest`, a module with one test instead.
 
-    `sanitizer` is the tool under which it failed, if any. Raises KernelfuzzError where no script can get the kernel, or
+    `sanitizer` is the tool under which it failed, if any; `arguments` are what else a kernel test's function was given.
+    Raises KernelfuzzError where no script can get the kernel, or
     where the tensors are too large to be written down.
     """
     inputs = job.target.make_inputs(case, torch.device("cpu"), plain_allocator("cpu"))
@@ -127,7 +135,7 @@ def script(
     initial = {name: spec.initial if spec.initial is not None else _sentinels(spec) for name, spec in specs.items()}
     tensors = {name: value for name, value in vars(inputs).items() if isinstance(value, (torch.Tensor, list))}
     variables = {name: f"{name}_result" if name in vars(inputs) else name for name in specs}
-    subject = Subject(job, version, inputs, variables)
+    subject = Subject(job, version, inputs, variables, arguments)
     bug = _Bug(subject, case, failure, tensors, specs, job.target.expect(inputs, initial), sanitizer)
     got = access(subject)
     body = _body(bug, got)
@@ -454,7 +462,11 @@ def _compare(bug: _Bug) -> str:
     """Return code that compares the outputs with the reference."""
     if all(clause.rule == "free" for each in bug.expectation.outputs.values() for clause in _present(each)):
         return "pass  # the outputs may hold anything\n"
-    code = "# What the outputs must hold.\n" + REFERENCES[bug.case.target](bug.subject.inputs) + "\n"
+    if bug.case.target in REFERENCES:
+        reference = REFERENCES[bug.case.target](bug.subject.inputs)
+    else:  # the oracle is the user's own
+        reference = literal_reference(bug.expectation, bug.subject.outputs)
+    code = f"# What the outputs must hold.\n{reference}\n"
     for output, expected in bug.expectation.outputs.items():
         name = bug.subject.outputs[output]
         tolerance = _tolerance(bug, output, f"{name}_written")

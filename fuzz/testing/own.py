@@ -1,0 +1,72 @@
+"""A target made of a user's own strategy and oracle."""
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from hypothesis import strategies as st
+
+from kernelfuzz.fuzz.targets import Target
+from kernelfuzz.oracles import own as oracles
+from kernelfuzz.oracles.expectation import Expectation, OutputSpecs
+from kernelfuzz.strategies import own as strategies
+from kernelfuzz.strategies.devices import USUAL, Placement
+from kernelfuzz.strategies.errors import KernelfuzzError
+from kernelfuzz.strategies.reduction import reduce_inputs
+
+_NOT_THE_USERS = ("kernelfuzz", "torch")
+
+
+def target(
+    cases: st.SearchStrategy[Any], oracle: Callable[..., Any], outputs: Callable[[Any], OutputSpecs] | None
+) -> Target:
+    """Return a target of that strategy and that oracle. With `outputs` the oracle also takes the initial contents."""
+
+    def draw_cases(*, placement: st.SearchStrategy[Placement] = USUAL) -> st.SearchStrategy[strategies.Case]:
+        return strategies.cases(cases, placement)
+
+    def make_inputs(case: strategies.Case, *arguments: Any) -> SimpleNamespace:
+        inputs = strategies.make_inputs(case, *arguments)
+        reduce_inputs(inputs, case.reduced)
+        return inputs
+
+    def specs(inputs: SimpleNamespace) -> OutputSpecs:
+        if outputs is not None:
+            return dict(_called(outputs, inputs))
+        # What the oracle says is kept: it is what the outputs are made for.
+        inputs.case_expected = oracles.by_output(_called(oracle, inputs))
+        return oracles.output_specs(inputs.case_expected)
+
+    def expect(inputs: SimpleNamespace, initial: dict[str, Any]) -> Expectation:
+        if outputs is None:
+            returned = vars(inputs).pop("case_expected")
+            return oracles.expectation(returned, oracles.output_specs(returned))
+        return oracles.expectation(oracles.by_output(_called(oracle, inputs, initial)), specs(inputs))
+
+    return Target(
+        name=strategies.Case.target,
+        case_type=strategies.Case,
+        cases=draw_cases,
+        make_inputs=make_inputs,
+        regimes=strategies.regimes,
+        outputs=specs,
+        expect=expect,
+        small={},
+    )
+
+
+def _called(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a user's function. Raises KernelfuzzError that says, in one line, where what it raised comes from."""
+    try:
+        return function(*arguments)
+    except KernelfuzzError:
+        raise
+    except Exception as error:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        own = [each for each in frames if str(each[0].f_globals["__name__"]).partition(".")[0] not in _NOT_THE_USERS]
+        frame, line = (own or frames)[-1]
+        name = getattr(function, "__name__", "the oracle")
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise KernelfuzzError(f"{name} raised {text} ({Path(frame.f_code.co_filename).name}:{line})") from error

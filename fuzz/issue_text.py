@@ -79,7 +79,7 @@ def _how(document: Mapping[str, Any], why_no_script: str) -> Iterator[str]:
     command = "`kernelfuzz replay .` in this folder"
     if document["test"] is not None:
         name = document["test"]["id"].partition("[")[0]
-        command = f"`{shlex.join(['pytest', name, '--fuzz-replay'])} THIS_FOLDER`"
+        command = f"`{shlex.join(['pytest', name])} --fuzz-replay=THIS_FOLDER`"
     if why_no_script:
         yield f"{command}. There is no script: {why_no_script}."
         return

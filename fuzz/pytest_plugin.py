@@ -57,7 +57,10 @@ def pytest_configure(config: pytest.Config) -> None:
         from hypothesis import settings
 
         settings.load_profile(profile)
-    config.pluginmanager.register(_Session(config), "kernelfuzz-session")
+    session = _Session(config)
+    if any(_option(config, name) for name in _OPTIONS):
+        session.plan()
+    config.pluginmanager.register(session, "kernelfuzz-session")
 
 
 class _Session:
@@ -94,14 +97,12 @@ class _Session:
 
         from kernelfuzz.fuzz.testing.devices import default_device
 
-        if self._assignments is None:
-            self._assignments = self._planned()
-        for planned in self._assignments:
+        for planned in self.plan():
             assignment = replace(planned, device=planned.device or default_device(devices), reports=self._reports)
             if not _option(self._config, "fuzz-replay"):
                 yield assignment, str(assignment.device)
                 continue
-            saved = [each for each in self._saved if each.test == nodeid]
+            saved = [each for each in self._saved if _is_same_test(each.test, nodeid)]
             for each in saved:
                 device = planned.device or each.device
                 name = each.path.name if planned.device is None else f"{each.path.name}-{device}"
@@ -109,8 +110,31 @@ class _Session:
             if not saved:
                 yield assignment, _NOTHING_SAVED
 
+    def plan(self) -> "list[Assignment]":
+        """Return what every kernel test is run on, without the device where each has the best there is.
+
+        Raises pytest.UsageError, in one line, for options that ask for what is not to be had.
+        """
+        if self._assignments is None:
+            self._require_isolation()
+            self._assignments = self._planned()
+        return self._assignments
+
+    def _require_isolation(self) -> None:
+        """Without worker processes, prepare for Triton's interpreter in this one, before anything imports Triton."""
+        isolate = _option(self._config, "fuzz-isolate") or "yes"
+        if isolate not in ("yes", "no"):
+            raise pytest.UsageError(f"--fuzz-isolate {isolate!r}: expected yes or no")
+        if isolate == "no":
+            for name in _option(self._config, "kernel-device") or []:
+                if name != "cpu":
+                    raise pytest.UsageError(
+                        f"--fuzz-isolate no: a kernel could leave {name} unusable for all that follows: "
+                        "add --kernel-device cpu"
+                    )
+            os.environ["TRITON_INTERPRET"] = "1"
+
     def _planned(self) -> "list[Assignment]":
-        """Return what every kernel test is run on, without the device where each has the best there is."""
         from kernelfuzz.fuzz.testing.devices import expanded
         from kernelfuzz.fuzz.testing.run import Assignment
 
@@ -120,6 +144,8 @@ class _Session:
             names = expanded(list(_option(self._config, "kernel-device") or []))
         except KernelfuzzError as error:
             raise pytest.UsageError(str(error)) from error
+        if not options.isolate:
+            names = ["cpu"]
         return [Assignment(options, name) for name in names] or [Assignment(options)]
 
     def _read_saved(self) -> None:
@@ -143,8 +169,6 @@ class _Session:
         """With --fuzz-replay leave out everything but saved cases, and let those that cannot be read fail."""
         if not _option(config, "fuzz-replay"):
             return
-        if self._assignments is None:  # no kernel test was collected
-            self._assignments = self._planned()
         kept = [item for item in items if self._is_replay(item)]
         left_out = [item for item in items if item not in kept]
         unreadable = [
@@ -247,6 +271,11 @@ class _Unreadable(pytest.Item):
         return self.name, None, self.name
 
 
+def _is_same_test(first: str, second: str) -> bool:
+    """Whether two node ids are the same test's: pytest may take another folder for its root than it did before."""
+    return bool(first) and (f"/{first}".endswith(f"/{second}") or f"/{second}".endswith(f"/{first}"))
+
+
 def _options(config: pytest.Config) -> "Options":
     """Return the session's options. Raises KernelfuzzError for a value that is none."""
     from kernelfuzz.fuzz.budget import parse_seconds
@@ -254,9 +283,7 @@ def _options(config: pytest.Config) -> "Options":
     from kernelfuzz.kernels.base import KernelName
 
     kernel, examples, seconds = (_option(config, name) for name in ("kernel", "fuzz-examples", "fuzz-time"))
-    isolate = _option(config, "fuzz-isolate") or ("no" if config.getoption("usepdb") else "yes")
-    if isolate not in ("yes", "no"):
-        raise KernelfuzzError(f"--fuzz-isolate {isolate!r}: expected yes or no")
+    isolate = _option(config, "fuzz-isolate") or "yes"
     if examples and seconds:
         raise KernelfuzzError("give --fuzz-examples or --fuzz-time, not both")
     if examples and not (examples.isdecimal() and int(examples) > 0):

@@ -130,7 +130,7 @@ def _jobs(saved: SavedFailure, kernel: str, device: torch.device | None) -> list
             raise KernelfuzzError(f"{error}; name another one with --device") from error
     target = saved.case.target
     if saved.test and (target == own.Case.target or kernel == saved.kernel):
-        command = shlex.join(["pytest", saved.test, "--fuzz-replay", str(saved.path)])
+        command = shlex.join(["pytest", saved.test, f"--fuzz-replay={saved.path}"])
         raise KernelfuzzError(f"a kernel test has found it: {command}")
     if kernel:
         return named_jobs([target], [kernel], device)

@@ -20,7 +20,7 @@ SHRINK_LAUNCHES = {"crash": 60, "hang": 6}
 """How many launches that may take, where each costs a worker."""
 
 SIMPLIFY_SECONDS = 20.0
-"""How long simpler contents may be tried for it after that."""
+"""How long simpler contents and round sizes may be tried for it after that."""
 
 RUNS = 10
 """How often a shrunk case is run again, to say how reliably it fails."""
@@ -43,8 +43,8 @@ class Sighting:
 
 
 def simplify(job: Job, judge: Judge, name: str, best: Sighting, *, hurries: bool) -> Sighting:
-    """Return a failing case with simpler contents, if there is one that has the fingerprint `name` too. With `hurries`
-    it is looked for during some seconds only."""
+    """Return a failing case with simpler contents and round sizes, if there is one that has the fingerprint `name` too
+    and shows nothing else. With `hurries` it is looked for during some seconds only."""
     tried = {best.case}
     until = time.monotonic() + SIMPLIFY_SECONDS
     while True:
@@ -55,8 +55,10 @@ def simplify(job: Job, judge: Judge, name: str, best: Sighting, *, hurries: bool
                 return best
             tried.add(case)
             verdict = judge(Request.alone(case))
-            if failure := fingerprints(job, verdict).get(name):
-                best = Sighting(failure, case, verdict)
+            found = fingerprints(job, verdict)
+            # A case that shows more than before would take another bug for the same one.
+            if name in found and found.keys() <= fingerprints(job, best.verdict).keys():
+                best = Sighting(found[name], case, verdict)
                 break
         else:
             return best

@@ -141,9 +141,7 @@ def _target(
             raise KernelfuzzError("kernel_test needs a target, or cases and an oracle")
         return own.target(cases, oracle, outputs)
     if oracle is not None or outputs is not None:
-        raise KernelfuzzError(
-            f"kernel_test: {name} has an oracle and outputs: leave yours out, or leave out the target"
-        )
+        raise KernelfuzzError(f"kernel_test: {name} has its own oracle and outputs: leave yours out, or the target")
     known = get_target(name)
     if cases is None:
         return known

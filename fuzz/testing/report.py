@@ -34,11 +34,11 @@ def _lines(found: FailureFound, folder: Path, name: str, assignment: Assignment)
         yield f"  smallest case found (unreliable: failed in {found.failed_runs} of {found.runs} runs):"
     yield from (line.plain for line in case_lines(found.case))
     if found.arguments:
-        yield "     " + " ".join(f"{argument}={value!r}" for argument, value in found.arguments.items())
+        yield "    " + " ".join(f"{argument}={value!r}" for argument, value in found.arguments.items())
     if verbose:
         yield f"  as JSON: {json.dumps(to_json(found.case))}"
     saved = folder if assignment.saved is None else assignment.saved.path
     for what, file in (("reproducer", "repro.py"), ("writemap", "writemap.png"), ("for an issue", "README.md")):
         if (saved / file).exists():
             yield f"  {what + ':':<13} {saved / file}"
-    yield f"  see it again: {shlex.join(['pytest', name.partition('[')[0], '--fuzz-replay', str(saved)])}"
+    yield f"  see it again: {shlex.join(['pytest', name.partition('[')[0], f'--fuzz-replay={saved}'])}"

@@ -188,20 +188,21 @@ class KernelTestRun:
         self._test = test
         self._job = job
         self._executor = executor
+        self._assignment = assignment
         self._options = assignment.options
         self._fixtures = fixtures if self._is_own_kernel else {}
         self._folder = assignment.options.out / file_name(self.name)
         self._summary = Summary()
         values = {name: repr(value) for name, value in fixtures.items() if isinstance(value, (int, float, str))}
         self._files = FailureFiles(self._folder, None, test={"id": self.name, "parameters": values})
-        self._bus = events.Bus([self._summary, self._files])
+        # A replay has its files already.
+        self._bus = events.Bus([self._summary, *([] if assignment.saved is not None else [self._files])])
         self._verdicts: dict[tuple[Case, str], Verdict] = {}
         self._found: dict[str, tuple[Sighting, dict[str, Any]]] = {}
         self._examples = 0
         self._until: float | None = None
         self._launches_left: int | None = None
         self._ends: float | None = None
-        self._is_replay = False
         self._bus.emit(events.CampaignStarted((job,), (), None))
         self._loaded = executor.loaded()
         self._bus.emit(events.JobStarted(job, self._loaded.version, notes=self._loaded.notes))
@@ -277,7 +278,6 @@ class KernelTestRun:
         """Run a saved case, several times if it did not fail each time."""
         extras = dict(saved.arguments)
         request = dataclasses.replace(Request.alone(saved.case), maps=True)
-        self._is_replay = True
         for _ in range(1 if saved.is_reliable else RUNS):
             self._examples += 1
             verdict = self._judge(request, extras, shrinking=False)
@@ -346,7 +346,7 @@ class KernelTestRun:
             if name in known:
                 continue
             best, extras = self._found[name]
-            if not self._is_replay:
+            if self._assignment.saved is None:
                 judge = functools.partial(self._judge, extras=extras, shrinking=True)
                 best = simplify(self._job, judge, name, best, hurries=True)
                 best = confirm(self._job, judge, name, best)

@@ -9,12 +9,16 @@ import torch
 from hypothesis.database import InMemoryExampleDatabase
 
 from kernelfuzz.fuzz import events
+from kernelfuzz.fuzz.executor import Request
+from kernelfuzz.fuzz.failures import fingerprint
 from kernelfuzz.fuzz.generation import draw
 from kernelfuzz.fuzz.isolated import IsolatedExecutor
 from kernelfuzz.fuzz.job import named_jobs
 from kernelfuzz.fuzz.search import Search
 from kernelfuzz.fuzz.simplify import simpler
+from kernelfuzz.fuzz.smallest import Sighting, simplify
 from kernelfuzz.fuzz.targets import TARGETS, get_target
+from kernelfuzz.fuzz.verdict import Failure, Verdict
 from kernelfuzz.strategies import fused_moe_lora, huge, lora_shrink_expand
 from kernelfuzz.strategies.batches import Batch, Segment
 from kernelfuzz.strategies.layouts import CONTIGUOUS
@@ -174,3 +178,18 @@ def test_shrunk_case_has_a_round_size_where_that_fails_too(kernel, hidden, worke
     case = shrunk.case
     assert (case.op, case.size, case.hidden, case.rank, case.contents) == ("shrink", 1, hidden, 1, "ones")
     assert (shrunk.failed_runs, shrunk.runs) == (10, 10)
+
+
+def test_a_simpler_case_does_not_take_another_bug_along():
+    """Where a round size shows a second bug too, the size stays: both would be taken for one."""
+    job = named_jobs(["lora_shrink_expand"], ["drawn_kernels:right"], torch.device("cpu"))[0]
+    first, second = (Failure("wrong_value", "output", clause, "") for clause in ("first", "second"))
+
+    def judge(request):
+        hidden = request.case.hidden
+        return Verdict(tuple(each for each, least in ((first, 5), (second, 7)) if hidden >= least))
+
+    case = dataclasses.replace(SIMPLEST, hidden=5, rank=3)
+    found = Sighting(first, case, judge(Request.alone(case)))
+    best = simplify(job, judge, fingerprint(job, first), found, hurries=False)
+    assert (best.case.hidden, best.case.rank) == (5, 4)

@@ -220,6 +220,12 @@ def test_fused_draws_each_choice_by_default(field, value):
     assert getattr(find(fused_moe_lora.cases(), lambda case: getattr(case, field) == value), field) == value
 
 
+@pytest.mark.parametrize(("field", "value"), [("descending_ids", False), ("rounded_capacity", True)])
+def test_align_draws_each_choice_by_default(field, value):
+    assert {getattr(case, field) for case in ALL_ALIGN} == {value}
+    assert getattr(find(moe_lora_align.cases(), lambda case: getattr(case, field) == value), field) == value
+
+
 @pytest.mark.parametrize("tiles", ["shrink", "expand"])
 def test_fused_draws_the_tiles_by_default(tiles):
     (wanted,) = {getattr(case, tiles) for case in EVERY_FUSED}
@@ -379,8 +385,8 @@ def test_fused_draws_what_vllms_tests_never_vary(name):
     assert holds(find(fused_moe_lora.cases(), holds))
 
 
-def default_maximum(target, field):
-    return inspect.signature(target.cases).parameters[MAXIMA[field]].default
+def default(target, argument):
+    return inspect.signature(target.cases).parameters[argument].default
 
 
 @pytest.mark.parametrize(
@@ -397,7 +403,9 @@ def default_maximum(target, field):
 )
 def test_the_sizes_that_need_arguments(target, every, beyond):
     largest = {field: max(getattr(case, field) for case in every) for field in MAXIMA if hasattr(every[0], field)}
-    assert {field for field, value in largest.items() if value > default_maximum(target, field)} == beyond
+    assert {field for field, value in largest.items() if value > default(target, MAXIMA[field])} == beyond
+    most_tokens = default(target, "max_segments") * default(target, "max_length")
+    assert max(case.batch.num_tokens for case in every) > most_tokens
 
 
 SAME_SIDE = {
@@ -419,7 +427,10 @@ SAME_SIDE = {
     ),
     "fused, hidden of whole tiles of every size": (fused_moe_lora, lambda case: case.hidden == 256),
     "fused, columns of whole tiles of every size": (fused_moe_lora, lambda case: case.columns == 256),
-    "fused, columns beyond every tile, with half a tile": (fused_moe_lora, lambda case: case.columns == 192),
+    "fused, columns beyond a tile of 128, with a tail": (
+        fused_moe_lora,
+        lambda case: case.columns > 128 and case.columns % 128 != 0,
+    ),
     "fused, rank beyond the one-shot path": (fused_moe_lora, lambda case: case.rank > 128 and not case.fully_sharded),
 }
 

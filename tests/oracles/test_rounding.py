@@ -252,3 +252,60 @@ def test_gamma_bounds_the_product_of_that_many_factors():
     for count in (1, 10, 1000):
         assert (1 + 2.0**-11) ** count - 1 <= rounding.gamma(count, 2.0**-11)
         assert 1 - (1 - 2.0**-11) ** count <= rounding.gamma(count, 2.0**-11)
+
+
+# Steps for oracles of users.
+
+
+def within(actual: torch.Tensor, expected: Approximation) -> bool:
+    return bool(((actual.double() - expected.value).abs() <= expected.error).all())
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("way", ACCUMULATIONS)
+def test_a_sum_over_a_dimension_holds_for_every_order(style: Style, way) -> None:
+    x = values((ROWS, 300), torch.float32, style, 0, "x", "cpu")
+    expected = rounding.accumulate(rounding.exact(x), 1)
+    assert expected.value.shape == (ROWS, 1)
+    assert within(way(x)[:, None], expected)
+    if style in ("signed", "wide"):
+        assert not within(way(x[:, 1:])[:, None], expected), "a term is missing"
+
+
+@pytest.mark.parametrize("style", ["signed", "wide"])
+def test_division_carries_the_errors_of_both_sides(style: Style) -> None:
+    x, y = (values((1000,), torch.float32, style, 0, name, "cpu") for name in "xy")
+    x, y = x[y != 0], y[y != 0]
+    narrow = [rounding.cast(rounding.exact(each), torch.bfloat16) for each in (x, y)]
+    expected = rounding.divide(*narrow)
+    assert within(x.bfloat16().float() / y.bfloat16().float(), expected)
+    assert not within(x / (y * 1.05), expected)
+
+
+def test_division_by_what_may_be_zero_may_give_anything() -> None:
+    zero = Approximation(torch.tensor([0.0, 0.5, 2.0]).double(), torch.tensor([0.0, 1.0, 1.0]).double())
+    assert rounding.divide(rounding.exact(torch.ones(3)), zero).error.isinf().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("function", [torch.exp, torch.sqrt, torch.rsqrt, torch.sigmoid, torch.tanh])
+def test_a_monotone_function_carries_its_arguments_error(function) -> None:
+    x = values((1000,), torch.float32, "signed", 0, "x", "cpu").abs() + 0.1
+    argument = rounding.cast(rounding.exact(x), torch.bfloat16)
+    expected = rounding.monotone(function, argument)
+    assert within(function(x.bfloat16().float()), expected)
+    assert not within(function(x) * 1.05, expected)
+    precise = rounding.monotone(function, rounding.exact(x))
+    assert within(function(x), precise)
+    assert not within(function(x) * (1 + 1e-5), precise)
+
+
+def test_a_function_has_no_bound_where_it_has_no_value() -> None:
+    argument = Approximation(torch.tensor([0.5, 2.0]).double(), torch.tensor([1.0, 1.0]).double())
+    assert rounding.monotone(torch.rsqrt, argument).error.isinf().tolist() == [True, False]
+
+
+def test_a_change_of_sign_is_exact() -> None:
+    number = rounding.negative(rounding.exact(torch.tensor([1.0, -2.0], dtype=torch.float16)))
+    assert number.value.tolist() == [-1.0, 2.0]
+    assert number.error.tolist() == [0.0, 0.0]
+    assert number.dtype == torch.float16

@@ -1,6 +1,8 @@
 # Two commands do everything, set-up included, on a new machine with Python and make:
 #   make fuzz   a one-minute campaign on the newest released kernels
 #   make test   the test suite
+# And for developers, among others:
+#   make docs   the documentation's site, in build/site
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,7 +10,7 @@ STAMP  := $(VENV)/.installed
 # An open torch range would take several GB of CUDA packages on a machine that cannot use them.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,--constraint constraints-cpu.txt)
 
-.PHONY: venv fuzz test check bench corpus clean
+.PHONY: venv fuzz test check docs bench corpus clean
 
 venv: $(STAMP)
 
@@ -28,6 +30,9 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: venv
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --site-dir build/site    # --quiet would silence --strict, too
 
 bench: venv
 	$(BIN)/kernelfuzz releases fetch --pinned

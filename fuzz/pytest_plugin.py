@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _ASSIGNMENT = "kernelfuzz_assignment"  # decorator.ASSIGNMENT, whose module imports torch
 _PROPERTY = "kernelfuzz"
+_REPLAYED = "replayed"
 _OPTIONS = {
     "kernel-device": "device for kernel tests: cpu, cuda, cuda:1, xpu, or all; may be repeated",
     "kernel": "kernel instead of kernel tests' own: NAME, NAME@VERSION, NAME@PATH or MODULE:FUNCTION",
@@ -161,6 +162,8 @@ class _Session:
                 self._saved.append(read_failure(path))
             except KernelfuzzError as error:
                 self._unreadable[path] = " ".join(str(error).splitlines())
+        if not (self._saved or self._unreadable):
+            raise KernelfuzzError(f"--fuzz-replay {folder}: no failure was saved there")
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(
@@ -227,6 +230,8 @@ class _Session:
             for name, value in report.user_properties:
                 if name == _PROPERTY:
                     self._shown[report.nodeid] = json.loads(str(value))
+                elif name == _REPLAYED:  # the controller of several processes has collected nothing itself
+                    self._replayed.add(Path(str(value)))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Show for each kernel test how much was tried, and how close it came."""
@@ -281,6 +286,7 @@ def _options(config: pytest.Config) -> "Options":
     from kernelfuzz.fuzz.budget import parse_seconds
     from kernelfuzz.fuzz.testing.run import Options
     from kernelfuzz.kernels.base import KernelName
+    from kernelfuzz.kernels.registry import IMPLEMENTATIONS
 
     kernel, examples, seconds = (_option(config, name) for name in ("kernel", "fuzz-examples", "fuzz-time"))
     isolate = _option(config, "fuzz-isolate") or "yes"
@@ -288,8 +294,10 @@ def _options(config: pytest.Config) -> "Options":
         raise KernelfuzzError("give --fuzz-examples or --fuzz-time, not both")
     if examples and not (examples.isdecimal() and int(examples) > 0):
         raise KernelfuzzError(f"--fuzz-examples {examples!r}: expected a number of 1 or more")
-    if kernel:
-        KernelName.parse(kernel)
+    if kernel and (name := KernelName.parse(kernel)) and ":" not in name.package:
+        known = sorted({each.package for each in IMPLEMENTATIONS})
+        if name.package not in known:
+            raise KernelfuzzError(f"--kernel {kernel}: expected one of {', '.join(known)}, or MODULE:FUNCTION")
     worker = getattr(config, "workerinput", {"workerid": "gw0"})["workerid"]
     return Options(
         out=Path(_option(config, "fuzz-out") or "kernelfuzz-out"),
@@ -307,6 +315,8 @@ def _properties(report: "Report") -> Iterator[tuple[str, object]]:
     numbers = report.numbers.to_json()
     shown = {name: numbers[name] for name in ("examples", "cases", "rejected", "worst_ratio", "regimes", "device")}
     yield _PROPERTY, json.dumps(shown)
+    if report.replayed is not None:
+        yield _REPLAYED, str(report.replayed)
     for found, folder in report.failures:
         yield "fingerprint", found.fingerprint
         yield "failure", str(folder)

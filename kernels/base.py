@@ -22,6 +22,10 @@ class Outputs(dict[str, torch.Tensor]):
         except KeyError:
             raise AttributeError(f"no output {name!r}: expected one of {', '.join(self)}") from None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is not self.get(name):  # which `outputs.x += y` assigns
+            raise AttributeError(f"an output is written in place: outputs.{name}.copy_(…)")
+
 
 @dataclass(frozen=True)
 class Kernel:

@@ -4,7 +4,7 @@ An oracle is a pure-torch function of a case's inputs. For each output it return
 
 - an `Approximation`: it was computed step by step with `kernelfuzz.oracles.rounding`, which derives the bound from the
   formula, and ends with a cast into the output's dtype;
-- a tensor of integers or bools: the output must equal it;
+- a tensor of integers: the output must equal it;
 - an `Expected`: values with a bound of the user's, or with masks.
 """
 
@@ -29,8 +29,8 @@ _WRITE, _KEEP, _FREE = range(len(CLAUSES))
 class Expected:
     """What one output must hold. All tensors have its shape.
 
-    - values: an `Approximation`, or a tensor of any dtype. Where one is not finite, or may be out of the output's range,
-      the output may hold anything
+    - values: an `Approximation`, or a tensor. Where one is not finite, or may be beyond the range of the dtype of the
+      output, that may hold anything
     - bound: the largest allowed |actual - value|: a number or a tensor; for an `Approximation` it comes with it, for
       integers it may be left out and means equality
     - dtype: of the output; None: that of the values
@@ -61,6 +61,8 @@ def _checked(name: str, value: Any) -> Expected:
             raise KernelfuzzError(f"the oracle gives {name} two bounds: an Approximation has its own")
         if (expected.dtype or values.dtype) is None:
             raise KernelfuzzError(f"the oracle's {name} has no dtype: end with cast(…, dtype), as the kernel does")
+        if not (expected.dtype or torch.float32).is_floating_point:
+            raise KernelfuzzError(f"the oracle's {name} is an Approximation, which no {expected.dtype} can hold")
     elif not isinstance(values, torch.Tensor):
         raise KernelfuzzError(
             f"the oracle's {name} is a {type(values).__name__}: expected a tensor or an Approximation"
@@ -70,9 +72,21 @@ def _checked(name: str, value: Any) -> Expected:
             f"the oracle's {name} has no bound: compute it with kernelfuzz.oracles.rounding, "
             "return Expected(values, bound=…), or exact(values) if not a bit may differ"
         )
+    if isinstance(values, torch.Tensor) and values.is_complex():
+        raise KernelfuzzError(f"the oracle's {name} is complex: return torch.view_as_real of it")
+    if (expected.dtype or _tensor(values).dtype) == torch.bool:
+        # No sentinel is a legal bool, and torch takes every byte but 0 for True.
+        raise KernelfuzzError(
+            f"the oracle's {name} is of bools: return it as torch.uint8, and have the kernel write "
+            f"outputs.{name}.view(torch.bool)"
+        )
+    if expected.bound is not None and not bool((torch.as_tensor(expected.bound) >= 0).all()):
+        raise KernelfuzzError(f"the oracle's bound of {name} is negative or NaN somewhere")
     shape = shape_of(expected)
     for what in ("bound", "written", "free"):
         tensor = getattr(expected, what)
+        if what != "bound" and tensor is not None and getattr(tensor, "dtype", None) != torch.bool:
+            raise KernelfuzzError(f"the oracle's {what} of {name} is no tensor of bools")
         if isinstance(tensor, torch.Tensor) and tensor.shape != shape and not (what == "bound" and tensor.ndim == 0):
             raise KernelfuzzError(f"the oracle's {what} of {name} has shape {list(tensor.shape)}, not {list(shape)}")
     return expected

@@ -28,8 +28,8 @@ ACCUMULATOR_UNDERFLOW = 2.0**-126
 
 
 def gamma(count: int, roundoff: float) -> float:
-    """Return n u / (1 - n u), the bound on n accumulated relative errors u."""
-    return count * roundoff / (1.0 - count * roundoff)
+    """Return n u / (1 - n u), the bound on n accumulated relative errors u; there is none where n u >= 1."""
+    return count * roundoff / (1.0 - count * roundoff) if count * roundoff < 1.0 else float("inf")
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -64,7 +64,7 @@ class Approximation:
 
 def exact(tensor: torch.Tensor) -> Approximation:
     """Take a tensor's values as they are: the oracle starts from inputs that are already quantised."""
-    value = tensor.to(torch.float64)
+    value = tensor.to(torch.float64, copy=True)
     return Approximation(value, torch.zeros_like(value), tensor.dtype)
 
 
@@ -117,8 +117,8 @@ def monotone(
 ) -> Approximation:
     """Apply a monotone `function` of float64 tensors elementwise in float32, like torch.exp, torch.sqrt or torch.rsqrt.
 
-    What is wrong with the argument is carried on by the function's values at both ends of its interval. The error is
-    infinite where the function has no value there.
+    What is wrong with the argument is carried on by the function's values at both ends of its interval, which is why a
+    function that is not monotone there gets too small a bound. The error is infinite where it has no value at an end.
     """
     value = function(number.value)
     ends = [(function(number.value + sign * number.error) - value).abs() for sign in (1, -1)]

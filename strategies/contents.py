@@ -99,7 +99,7 @@ def values(
             # Float16 would round these to zero, the negative ones to -0.0.
             result = torch.where(result.abs() < 2.0**-24, 0.0, result)
         elif style == "cancelling":
-            result += _large(shape, seed, name, device, taken_back=not weights).flatten()
+            result += _large(shape or (1,), seed, name, device, taken_back=not weights).flatten()
     return result.to(dtype).view(shape)
 
 

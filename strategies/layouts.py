@@ -68,7 +68,9 @@ def poison(dtype: torch.dtype) -> float | int:
     """Return the value that marks memory that must not matter: NaN, or an integer that is no legal index."""
     if dtype.is_floating_point:
         return float("nan")
-    return POISON_INTEGER
+    if dtype == torch.bool:
+        return True
+    return max(POISON_INTEGER, torch.iinfo(dtype).min) if dtype.is_signed else torch.iinfo(dtype).max
 
 
 def plain_allocator(device: torch.device | str) -> Allocate:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import UnsatisfiedAssumption
 
@@ -70,8 +70,11 @@ class KernelTest:
             except UnsatisfiedAssumption as error:
                 raise UnsupportedCaseError("assume(False)") from error
             except BaseException as error:
-                if type(error).__name__ == "Skipped":  # pytest.skip()
-                    raise UnsupportedCaseError(f"skipped: {error}") from error
+                outcome = type(error).__name__  # pytest's are no Exceptions
+                if outcome in ("Skipped", "XFailed"):
+                    raise UnsupportedCaseError(str(error)) from error
+                if outcome == "Failed":
+                    raise AssertionError(str(error)).with_traceback(error.__traceback__) from error
                 raise
 
         return Kernel(launch, "")
@@ -89,8 +92,9 @@ def kernel_test(
     """Make a Hypothesis test of a function `(inputs, outputs, …)` that launches a kernel, once for each drawn case.
 
     The function reads the tensors of `inputs` and writes those of `outputs`, both by name as attributes. Its further
-    arguments are pytest fixtures, or what the strategies in `extras` draw, by name as `@given` takes them. It runs in a
-    worker process, and so must be at the top of a file or in a class there.
+    arguments are pytest fixtures, but not function-scoped ones, as Hypothesis has it; or what the strategies in
+    `extras` draw, by name as `@given` takes them. It runs in a worker process, and so must be at the top of a file or
+    in a class there. The worker makes an instance of the class for itself: what `setup_method` sets is not there.
 
     - target: a contract that kernelfuzz knows (`kernelfuzz list`): strategy, oracle and outputs come with it
     - cases: a strategy; with a target a narrower one of that target's cases. Otherwise it draws mappings, or
@@ -114,6 +118,10 @@ def kernel_test(
         name = getattr(function, "__qualname__", repr(function))
         if getattr(function, "is_hypothesis_test", False):
             raise KernelfuzzError(f"{name}: give the strategies of @given to kernel_test, as x=st.integers()")
+        if any(isinstance(each, settings) for each in vars(function).values()):
+            raise KernelfuzzError(f"{name}: @settings goes above @kernel_test")
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            raise KernelfuzzError(f"{name}: a kernel test is a plain function, not async and without yield")
         parameters = inspect.signature(function).parameters
         if missing := [each for each in (*_KERNEL_ARGUMENTS, *extras) if each not in parameters]:
             raise KernelfuzzError(f"{name} has no argument {missing[0]!r}: kernel_test calls it with one")

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
 
 from kernelfuzz.fuzz.targets import Target
@@ -32,18 +33,21 @@ def target(
         reduce_inputs(inputs, case.reduced)
         return inputs
 
+    def ask(inputs: SimpleNamespace, *arguments: Any) -> dict[str, oracles.Expected]:
+        return oracles.by_output(_called(oracle, _copied(inputs), *arguments))
+
     def specs(inputs: SimpleNamespace) -> OutputSpecs:
         if outputs is not None:
             return dict(_called(outputs, inputs))
         # What the oracle says is kept: it is what the outputs are made for.
-        inputs.case_expected = oracles.by_output(_called(oracle, inputs))
+        inputs.case_expected = ask(inputs)
         return oracles.output_specs(inputs.case_expected)
 
     def expect(inputs: SimpleNamespace, initial: dict[str, Any]) -> Expectation:
         if outputs is None:
             returned = vars(inputs).pop("case_expected")
             return oracles.expectation(returned, oracles.output_specs(returned))
-        return oracles.expectation(oracles.by_output(_called(oracle, inputs, initial)), specs(inputs))
+        return oracles.expectation(ask(inputs, initial), specs(inputs))
 
     return Target(
         name=strategies.Case.target,
@@ -55,6 +59,17 @@ def target(
         expect=expect,
         small={},
     )
+
+
+def _copied(inputs: SimpleNamespace) -> SimpleNamespace:
+    """Return inputs that an oracle may change, or return views of."""
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, list):
+            return [each.clone() for each in value]
+        return value.clone() if isinstance(value, torch.Tensor) else value
+
+    return SimpleNamespace(**{name: copy(value) for name, value in vars(inputs).items()})
 
 
 def _called(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 import time
+import unittest
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -47,6 +48,9 @@ ROUND = 10_000
 _SETTINGS = vars(hypothesis.settings()(lambda: None)).keys()
 """What `@settings` leaves on a function."""
 
+_UNFIT_CHECKS = (HealthCheck.too_slow, HealthCheck.filter_too_much)
+"""Kernels take their time, and may offer few of the cases."""
+
 _NOT_INHERITED = {*_SETTINGS, "hypothesis", "is_hypothesis_test", "kernel_test", "__wrapped__", "__signature__"}
 
 
@@ -73,10 +77,13 @@ class Options:
 
 @dataclass
 class Report:
-    """What came of a run of a kernel test: the numbers, and each failure with its folder."""
+    """What came of a run of a kernel test: the numbers, each failure with its folder, what could not be saved, and the
+    saved failure that was run again."""
 
     numbers: JobSummary
     failures: list[tuple[events.FailureFound, Path]] = field(default_factory=list)
+    problem: str = ""
+    replayed: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,8 @@ def run_kernel_test(
     here.
     """
     __tracebackhide__ = True
+    if instance and isinstance(instance[0], unittest.TestCase):
+        raise KernelfuzzError(f"{test.source.name}: a kernel test cannot be in a unittest.TestCase: use a plain class")
     fixtures = dict(arguments)
     assignment = fixtures.pop(ASSIGNMENT, None) or Assignment()
     with _opened(test, assignment, instance, fixtures) as run:
@@ -119,7 +128,7 @@ def run_kernel_test(
     if report.failures:
         from kernelfuzz.fuzz.testing.report import failure_text
 
-        texts = [failure_text(found, folder, run.name, assignment) for found, folder in report.failures]
+        texts = [failure_text(found, folder, run.name, assignment, report.problem) for found, folder in report.failures]
         raise KernelTestFailedError("\n".join(texts))
 
 
@@ -203,6 +212,7 @@ class KernelTestRun:
         self._until: float | None = None
         self._launches_left: int | None = None
         self._ends: float | None = None
+        self._rejected = ""
         self._bus.emit(events.CampaignStarted((job,), (), None))
         self._loaded = executor.loaded()
         self._bus.emit(events.JobStarted(job, self._loaded.version, notes=self._loaded.notes))
@@ -229,6 +239,10 @@ class KernelTestRun:
                 return
             except (CaseFailedError, hypothesis.errors.Flaky):
                 return
+            except hypothesis.errors.Unsatisfiable:
+                if not self._rejected:
+                    raise
+                raise SkipTest(f"the kernel offers none of the cases: {self._rejected}") from None
             except Exception as error:
                 if not (self._found and hasattr(error, "exceptions")):  # a group: there are several failures
                     raise
@@ -263,7 +277,11 @@ class KernelTestRun:
                 deadline=None,
                 # A further launch to explain a failure tells less than the report; see fuzz/generation.py on targets.
                 phases=[each for each in settings.phases if each not in (Phase.explain, Phase.target)],
-                suppress_health_check=[*settings.suppress_health_check, HealthCheck.too_slow],
+                suppress_health_check=[
+                    *settings.suppress_health_check,
+                    HealthCheck.too_slow,
+                    HealthCheck.filter_too_much,
+                ],
                 verbosity=settings.verbosity if self._options.verbose else Verbosity.quiet,
                 print_blob=settings.print_blob and self._options.verbose,
             )(body)
@@ -297,6 +315,7 @@ class KernelTestRun:
         verdict = self._verdict(drawn, extras)
         _require_judged(verdict, self.name)
         if verdict.rejected:
+            self._rejected = verdict.rejected
             hypothesis.reject()
         for name, failure in list(fingerprints(self._job, verdict).items())[:1]:
             self._found[name] = Sighting(failure, pinned(drawn, verdict), verdict), dict(extras)
@@ -370,7 +389,9 @@ class KernelTestRun:
         self._bus.emit(events.JobFinished(self._job, self._examples, replacements=self._executor.replacements))
         self._bus.emit(events.CampaignFinished())
         (numbers,) = self._summary.jobs
-        return Report(numbers, [(found, self._files.folder(found)) for found in numbers.failures.values()])
+        folders = [(found, self._files.folder(found)) for found in numbers.failures.values()]
+        saved = self._assignment.saved
+        return Report(numbers, folders, self._files.problem, None if saved is None else saved.path)
 
 
 def _name_of_run(test: KernelTest) -> str:

@@ -217,3 +217,33 @@ def lock():
 def test_with_what_cannot_be_sent(inputs, outputs, lock):
     with lock:
         outputs.output.copy_(inputs.x.float() * inputs.factor)
+
+
+def changes_its_inputs(inputs):
+    values = exact(inputs.x)
+    inputs.x.zero_()
+    return values
+
+
+@FEW
+@kernel_test(cases=rows(("float64",)), oracle=changes_its_inputs)
+def test_of_an_oracle_that_changes_its_inputs(inputs, outputs):
+    outputs.output.copy_(inputs.x)
+
+
+@FEW
+@kernel_test(cases=rows(), oracle=scaled)
+def test_offers_nothing(inputs, outputs):
+    pytest.skip("not written yet")
+
+
+@FEW
+@kernel_test(cases=rows(), oracle=scaled)
+def test_puts_another_tensor_in_place(inputs, outputs):
+    outputs.output = inputs.x * inputs.factor
+
+
+@FEW
+@kernel_test(cases=rows(), oracle=scaled)
+def test_fails_by_itself(inputs, outputs):
+    pytest.fail("never mind")

@@ -61,6 +61,7 @@ def test_failure_is_saved_as_found_and_again_when_shrunk(tmp_path, engine_job, s
         "runs": 1,
         "examples": 17,
         "seed": 3,
+        "test": None,
         "sanitizer": None,
     }
     assert without_moment(folder / "failure.json") == found

@@ -84,6 +84,7 @@ def everything(folder):
         "test_masks_and_integers",
         "test_layouts_and_indices",
         "test_some_cases_are_not_offered",
+        "test_of_an_oracle_that_changes_its_inputs",
     ],
 )
 def test_right_kernels_pass(everything, name):
@@ -103,6 +104,11 @@ def test_a_kernel_that_is_not_for_this_device_is_skipped_with_the_reason(everyth
     assert re.search(r"SKIPPED.*cuda: no cuda device here", everything.text)
 
 
+def test_a_kernel_that_offers_no_case_is_skipped_with_the_reason(everything):
+    assert everything.outcome("test_offers_nothing[cpu]") == "skipped"
+    assert re.search(r"SKIPPED.*the kernel offers none of the cases: not written yet", everything.text)
+
+
 @pytest.mark.parametrize(
     ("name", "fingerprint", "lines"),
     [
@@ -119,6 +125,12 @@ def test_a_kernel_that_is_not_for_this_device_is_skipped_with_the_reason(everyth
         ("test_rounds_too_early", "wrong_value.output.value", [r"\(err/bound \d+", r"x=float32\[1, 1\]"]),
         ("test_writes_to_its_input", "input_mutated.x.inputs_are_not_written", [r"x=float16\[2, 1\] ones"]),
         ("test_ends_its_process", "crash.SIGSEGV", [r"the worker died: SIGSEGV", r"x=float16\[3, 1\] ones"]),
+        ("test_fails_by_itself", "raised.AssertionError_in_", ["never mind"]),
+        (
+            "test_puts_another_tensor_in_place",
+            "raised.AttributeError_in_test_puts_another_tensor_in_place",
+            [r"an output is written in place: outputs.output.copy_"],
+        ),
         ("test_has_two_bugs", "raised.ValueError_in_test_has_two_bugs", [r"two rows", r"x=float16\[2, 1\] ones"]),
         ("test_has_two_bugs", "raised.IndexError_in_test_has_two_bugs", [r"three rows", r"x=float16\[3, 1\] ones"]),
     ],
@@ -128,7 +140,8 @@ def test_a_failure_is_small_and_says_where_its_files_are(everything, folder, nam
     report = everything.report(f"{name}[cpu]")
     for line in (f"own.{name}.{fingerprint}", *lines):
         assert re.search(line, report), report
-    saved = folder / "kernelfuzz-out" / f"test_mine.py-{name}-cpu" / "failures" / f"own.{name}.{fingerprint}"
+    failures = folder / "kernelfuzz-out" / f"test_mine.py-{name}-cpu" / "failures"
+    (saved,) = failures.glob(f"own.{name}.{fingerprint}*")
     assert f"reproducer:   {saved.relative_to(folder)}/repro.py" in report
     assert {"failure.json", "case.json", "README.md", "repro.py"} <= {each.name for each in saved.iterdir()}
     assert (f"writemap:     {saved.relative_to(folder)}/writemap.png" in report) == ("crash" not in fingerprint)
@@ -192,7 +205,7 @@ def replayed(mended, tmp_path_factory):
     (saved / "broken").mkdir()
     (saved / "broken" / "failure.json").write_text('{"schema": 99}')
     shutil.copytree(mended / "saved", saved / "saved")
-    return run_pytest(mended, "--fuzz-replay", saved)
+    return run_pytest(mended, "--fuzz-replay", saved, "-n", 2)
 
 
 def test_saved_cases_are_tests_of_their_own(replayed):
@@ -210,6 +223,18 @@ def test_a_saved_case_that_cannot_be_read_fails_in_one_line(replayed):
 def test_a_replay_leaves_no_new_files(replayed, mended):
     assert replayed.status == 1
     assert not (mended / "kernelfuzz-out").exists()
+
+
+def test_what_was_replayed_is_not_said_to_be_missing(replayed):
+    assert "was not collected" not in replayed.text
+
+
+def test_what_cannot_be_saved_is_said(folder):
+    (folder / "a_file").touch()
+    run = run_pytest(folder, "--fuzz-out", "a_file", "-k", "rounds_too_early")
+    report = run.report("test_rounds_too_early[cpu]")
+    assert "error: cannot write a_file" in report
+    assert "--fuzz-replay" not in report
 
 
 def test_what_was_not_replayed_is_named(mended):
@@ -235,6 +260,7 @@ def test_kernelfuzz_replay_names_the_command(everything, folder, kernelfuzz):
         (["--fuzz-isolate", "perhaps"], "--fuzz-isolate 'perhaps': expected yes or no"),
         (["--fuzz-isolate", "no", "--kernel-device", "cuda"], "add --kernel-device cpu"),
         (["--fuzz-replay", "nowhere"], "--fuzz-replay nowhere: no such folder"),
+        (["--kernel", "nosuch"], "--kernel nosuch: expected one of example, "),
     ],
 )
 def test_an_option_that_makes_no_sense_is_one_line(folder, arguments, text):

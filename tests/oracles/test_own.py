@@ -47,7 +47,6 @@ def test_integers_must_be_equal():
     (expected,) = expectation(torch.tensor([1, 2], dtype=torch.int32)).values()
     assert expected.bound is None
     assert expected.values.dtype == torch.int64
-    assert own.output_specs(own.by_output(torch.tensor([True])))["output"].dtype == torch.bool
 
 
 def test_masks_say_what_is_kept_and_what_is_free():
@@ -75,6 +74,12 @@ def test_dtype_may_be_another_one_than_that_of_the_values():
         (X, r"has no bound: .* exact\(values\) if not a bit may differ"),
         (add(exact(X), exact(X)), r"output has no dtype: end with cast"),
         (Expected(exact(X), bound=1.0), "two bounds"),
+        (Expected(X, bound=-1.0), "bound of output is negative or NaN"),
+        (Expected(X, bound=float("nan")), "bound of output is negative or NaN"),
+        (Expected(X, bound=1.0, written=torch.ones(2, 2)), "written of output is no tensor of bools"),
+        (Expected(exact(X), dtype=torch.int32), "an Approximation, which no torch.int32 can hold"),
+        (torch.tensor([True]), r"of bools: return it as torch.uint8.*outputs.output.view\(torch.bool\)"),
+        (torch.ones(2, dtype=torch.complex64), "complex"),
         (Expected(X, bound=torch.ones(3)), r"bound of output has shape \[3\], not \[2, 2\]"),
         (Expected(X, bound=1.0, written=torch.ones(2, dtype=torch.bool)), r"written of output has shape \[2\]"),
     ],

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import dataclass
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernelfuzz.fuzz import Buffers
 from kernelfuzz.strategies import contents, own
 from kernelfuzz.strategies.case import from_json, to_json
 from kernelfuzz.strategies.errors import KernelfuzzError
@@ -139,3 +141,13 @@ def test_the_simplest_tensor():
 
     spec = find(tensors((2, 2), "float32", layout=layouts()), lambda _: True)
     assert (spec.contents, spec.layout) == ("ones", CONTIGUOUS)
+
+
+@pytest.mark.parametrize("dtype", get_args(own.TensorDtype))
+@pytest.mark.parametrize("shape", [(), (0,), (3, 4)])
+def test_every_dtype_can_be_made_on_guarded_memory(dtype, shape):
+    for style in contents.STYLES:
+        case = Case.of({"x": TensorSpec(shape, dtype, style)})
+        made = own.make_inputs(case, "cpu", Buffers("cpu", seed=1).allocate).x
+        assert torch.equal(made, own.make_inputs(case, "cpu").x)
+        assert made.dtype == getattr(torch, dtype)

@@ -31,8 +31,9 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# With --quiet, warnings would not count, and --strict would mean nothing.
 docs: venv
-	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --site-dir build/site    # --quiet would silence --strict, too
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --site-dir build/site
 
 bench: venv
 	$(BIN)/kernelfuzz releases fetch --pinned

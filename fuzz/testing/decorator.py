@@ -181,6 +181,7 @@ def _hypothesis_test(test: KernelTest) -> Callable[..., None]:
 
     entry.__signature__ = _signature(test, from_pytest)  # type: ignore[attr-defined]
     entry.kernel_test = test  # type: ignore[attr-defined]
+    entry.__wrapped__ = test.function  # where pytest says that the test is
     return entry
 
 

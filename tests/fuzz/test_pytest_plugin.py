@@ -101,7 +101,7 @@ def test_fixtures_parameters_examples_and_drawn_arguments_go_together(everything
 
 def test_a_kernel_that_is_not_for_this_device_is_skipped_with_the_reason(everything):
     assert everything.outcome("test_for_another_device[cuda]") == "skipped"
-    assert re.search(r"SKIPPED.*cuda: no cuda device here", everything.text)
+    assert re.search(r"SKIPPED.*test_mine.py: cuda: no cuda device here", everything.text)
 
 
 def test_a_kernel_that_offers_no_case_is_skipped_with_the_reason(everything):

@@ -305,7 +305,7 @@ def test_time_is_a_budget_for_each_test(folder):
     assert numbers["examples"] > 25, "what its settings say"
 
 
-@pytest.mark.parametrize("distribution", ["loadscope", "loadfile", "loadgroup", "worksteal"])
+@pytest.mark.parametrize("distribution", ["loadscope", "worksteal"])
 def test_every_distribution_of_tests_works(folder, distribution):
     run = run_pytest(folder, "-n", 2, "--dist", distribution, "--fuzz-examples", 3, "-k", "test_right or test_masks")
     assert run.status == 0, run.text

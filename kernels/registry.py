@@ -181,14 +181,20 @@ def _why_no_cuda() -> str:
     return ""
 
 
-def parse_device(text: str) -> torch.device:
-    """Return the device of that name. Raises KernelfuzzError if it is malformed or not there."""
+def spelled_device(text: str) -> torch.device:
+    """Return the device of that name, whether or not it is there. Raises KernelfuzzError if it is malformed."""
     try:
         device = torch.device(text)
     except RuntimeError:
         raise KernelfuzzError(f"unknown device {text!r}: expected cpu, cuda, cuda:1, xpu, ...") from None
     if device.type not in DEVICE_KINDS:
         raise KernelfuzzError(f"unknown device {text!r}: expected one of {', '.join(DEVICE_KINDS)}")
+    return device
+
+
+def parse_device(text: str) -> torch.device:
+    """Return the device of that name. Raises KernelfuzzError if it is malformed or not there."""
+    device = spelled_device(text)
     reason = missing_device(device)
     if reason is not None:
         raise KernelfuzzError(f"device {text!r}: {reason}")

@@ -30,8 +30,6 @@ def repro(
         raise KernelfuzzError(f"{folder} is a case alone, which says nothing of a failure: name the failure's folder")
     if saved.test and kernel is None:
         raise KernelfuzzError(f"{folder}: a kernel test's script is written when it fails: {folder / 'repro.py'}")
-    if saved.test and kernel is None:
-        raise KernelfuzzError(f"{folder}: a kernel test's script is written when it fails: {folder / 'repro.py'}")
     job = unchecked_job(saved.case.target, kernel or saved.kernel, device or saved.device)
     version = saved.version if kernel is None else job.kernel.version or ""
     sanitizer = saved.sanitizer if job.device.type == "cuda" else None

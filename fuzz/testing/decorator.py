@@ -174,7 +174,7 @@ def _hypothesis_test(test: KernelTest) -> Callable[..., None]:
     @functools.wraps(drawn)
     def entry(*instance: Any, **arguments: Any) -> None:
         __tracebackhide__ = True
-        # Later, so that a pytest session without kernel tests does not import the engine.
+        # Later: workers, which run.py starts, import this module.
         from kernelfuzz.fuzz.testing.run import run_kernel_test
 
         run_kernel_test(test, entry, instance, arguments)

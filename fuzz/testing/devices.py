@@ -4,14 +4,13 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 
 from kernelfuzz.fuzz.names import file_name
-from kernelfuzz.kernels.registry import DEVICE_KINDS, missing_device, parse_device
+from kernelfuzz.kernels.registry import DEVICE_KINDS, missing_device, spelled_device
 from kernelfuzz.kernels.releases import home
-from kernelfuzz.strategies.errors import KernelfuzzError
 
 ALL = "all"
 """What `--kernel-device` takes for every device that is there."""
@@ -36,8 +35,7 @@ def expanded(names: list[str]) -> list[str]:
     found: dict[str, None] = {}
     for name in names:
         if name != ALL:
-            with suppress(_Missing):
-                _parsed(name)
+            spelled_device(name)
             found[name] = None
             continue
         for kind in DEVICE_KINDS:
@@ -47,39 +45,18 @@ def expanded(names: list[str]) -> list[str]:
     return list(found)
 
 
-class _Missing(KernelfuzzError):
-    """A device that has a right name and is not here."""
-
-
-def _parsed(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        return parse_device(name)  # which says what is wrong
-    if device.type not in DEVICE_KINDS:
-        return parse_device(name)
-    reason = missing_device(device)
-    if reason is not None:
-        raise _Missing(reason)
-    return device
-
-
 def why_not(name: str, kinds: tuple[str, ...]) -> str | None:
     """Return why a test for `kinds` of devices cannot run on the device of that name, or None."""
-    kind = name.partition(":")[0]
-    if kind not in kinds:
-        return f"the kernel is not for {kind}, but for {', '.join(kinds)}"
-    try:
-        _parsed(name)
-    except _Missing as missing:
-        return str(missing)
-    return None
+    device = spelled_device(name)
+    if device.type not in kinds:
+        return f"the kernel is not for {device.type}, but for {', '.join(kinds)}"
+    return missing_device(device)
 
 
 def device_of_worker(name: str, worker: int) -> torch.device:
     """Return the device of that name; where it names only a kind, that of the pytest process number `worker`, so that
     processes share all devices of the kind."""
-    device = _parsed(name)
+    device = spelled_device(name)
     if device.type == "cpu" or device.index is not None:
         return device
     return torch.device(device.type, worker % int(getattr(torch, device.type).device_count()))

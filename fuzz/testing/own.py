@@ -15,7 +15,6 @@ from kernelfuzz.oracles.expectation import Expectation, OutputSpecs
 from kernelfuzz.strategies import own as strategies
 from kernelfuzz.strategies.devices import USUAL, Placement
 from kernelfuzz.strategies.errors import KernelfuzzError
-from kernelfuzz.strategies.reduction import reduce_inputs
 
 _NOT_THE_USERS = ("kernelfuzz", "torch")
 
@@ -27,11 +26,6 @@ def target(
 
     def draw_cases(*, placement: st.SearchStrategy[Placement] = USUAL) -> st.SearchStrategy[strategies.Case]:
         return strategies.cases(cases, placement)
-
-    def make_inputs(case: strategies.Case, *arguments: Any) -> SimpleNamespace:
-        inputs = strategies.make_inputs(case, *arguments)
-        reduce_inputs(inputs, case.reduced)
-        return inputs
 
     def ask(inputs: SimpleNamespace, *arguments: Any) -> dict[str, oracles.Expected]:
         return oracles.by_output(_called(oracle, _copied(inputs), *arguments))
@@ -53,7 +47,7 @@ def target(
         name=strategies.Case.target,
         case_type=strategies.Case,
         cases=draw_cases,
-        make_inputs=make_inputs,
+        make_inputs=strategies.make_inputs,
         regimes=strategies.regimes,
         outputs=specs,
         expect=expect,
@@ -80,7 +74,9 @@ def _called(function: Callable[..., Any], *arguments: Any) -> Any:
         raise
     except Exception as error:
         frames = list(traceback.walk_tb(error.__traceback__))
-        own = [each for each in frames if str(each[0].f_globals["__name__"]).partition(".")[0] not in _NOT_THE_USERS]
+        own = [
+            each for each in frames if str(each[0].f_globals.get("__name__")).partition(".")[0] not in _NOT_THE_USERS
+        ]
         frame, line = (own or frames)[-1]
         name = getattr(function, "__name__", "the oracle")
         text = " ".join(f"{type(error).__name__}: {error}".split())

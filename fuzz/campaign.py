@@ -2,16 +2,17 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from hypothesis.database import DirectoryBasedExampleDatabase
+from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 
 from kernelfuzz.fuzz import events, sanitizer
 from kernelfuzz.fuzz.drawing import Drawing, compile_ahead
 from kernelfuzz.fuzz.executor import Executor, LocalExecutor, Replacements, Request
-from kernelfuzz.fuzz.files import InFlightFile
+from kernelfuzz.fuzz.files import InFlight, InFlightFile
 from kernelfuzz.fuzz.isolated import Fleet
 from kernelfuzz.fuzz.job import Job, Skipped
 from kernelfuzz.fuzz.names import file_name
@@ -74,16 +75,18 @@ def run_campaign(
     Ctrl-C ends the campaign after the running case; what was found until then has been emitted.
     """
     bus.emit(events.CampaignStarted(tuple(jobs), tuple(skipped), seed))
-    campaign = _Campaign(budget.examples, out, bus, isolation, regime, enough)
+    conditions = Conditions(
+        bus, isolation, partial(saved_examples, out), partial(InFlightFile, out), budget.examples, regime, enough
+    )
     executors: list[Executor | None] = []
     end = None if budget.seconds is None else time.monotonic() + budget.seconds
     interrupted = False
     try:
         for index, job in enumerate(jobs):
             # The next job's workers load their kernel while this one runs.
-            executors += [campaign.prepare(later) for later in jobs[len(executors) : index + 2]]
+            executors += [conditions.prepare(later) for later in jobs[len(executors) : index + 2]]
             share = None if end is None else _Share(end, len(jobs) - index)
-            campaign.run(job, executors[index], share, derive_seed(seed, index))
+            conditions.run(job, executors[index], None if share is None else share.deadline, derive_seed(seed, index))
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -107,15 +110,23 @@ class _Share:
 
 
 @dataclass(frozen=True)
-class _Campaign:
-    """What the jobs of a campaign have in common."""
+class Conditions:
+    """What the jobs of a campaign have in common.
 
-    examples: int | None
-    out: Path
+    - database: where a job's failing examples are kept; in_flight: where the requests that its workers have now
+    - examples: how many each job looks for failures with, None where time decides
+    - enough: ends a job early, asked between examples
+    - known: bugs that are found already: they are counted, and neither announced nor shrunk
+    """
+
     bus: events.Bus
     isolation: Isolation
-    regime: Regime | None
-    enough: Callable[[], bool]
+    database: Callable[[Job], ExampleDatabase]
+    in_flight: Callable[[Job], InFlight]
+    examples: int | None = None
+    regime: Regime | None = None
+    enough: Callable[[], bool] = lambda: False
+    known: tuple[events.FailureFound, ...] = ()
 
     def prepare(self, job: Job) -> Executor | None:
         """Return an executor that loads the job's kernel in the background; None if that cannot even begin, which will
@@ -125,36 +136,43 @@ class _Campaign:
         except KernelfuzzError:
             return None
 
-    def run(self, job: Job, prepared: Executor | None, share: _Share | None, seed: int) -> None:
-        """Run a job and close its executor."""
+    def run(
+        self,
+        job: Job,
+        prepared: Executor | None,
+        deadline: Callable[[], float] | None,
+        seed: int,
+        first: Sequence[Request] = (),
+    ) -> None:
+        """Run a job, the requests of `first` before all others, and close its executor. The `deadline`, on the
+        monotonic clock, is asked for once the kernel is loaded."""
         error = ""
         executor, search = prepared, None
         try:
             executor = executor or self.isolation.executor(job)
             kernel = executor.loaded()
-            with InFlightFile(self.out, job) as in_flight:
+            with self.in_flight(job) as in_flight:
                 left = in_flight.left()
-                deadline = None if share is None else share.deadline()
+                until = None if deadline is None else deadline()
                 self.bus.emit(events.JobStarted(job, kernel.version, len(left), kernel.notes))
                 drawing = Drawing.of(job, kernel, self.regime, seed)
                 failed: list[Request] = []
                 if drawing.ahead:
                     started = time.monotonic()
-                    compiled, failed = compile_ahead(job, drawing.ahead, deadline, in_flight.record)
+                    compiled, failed = compile_ahead(job, drawing.ahead, until, in_flight.record)
                     self.bus.emit(events.KernelsCompiled(job, compiled, time.monotonic() - started))
                 search = Search(
                     job,
                     executor,
                     self.bus,
                     self.examples,
-                    deadline,
+                    until,
                     self._seeds(job),
                     in_flight.record,
                     self.enough,
+                    self.known,
                 )
-                folder = self.out / "examples" / job.target.name / file_name(str(job.kernel))
-                database = DirectoryBasedExampleDatabase(folder)
-                search.run(drawing.strategy, seed, database, drawing.small, [*left, *failed])
+                search.run(drawing.strategy, seed, self.database(job), drawing.small, [*left, *first, *failed])
         except KernelfuzzError as problem:
             error = str(problem)
         finally:
@@ -167,3 +185,8 @@ class _Campaign:
         """Return how many seeds an example has: one under a sanitizer, so that a report is of one case, and where a
         case takes all memory."""
         return 1 if self.isolation.tool is not None or self.regime == "huge" else job.seeds
+
+
+def saved_examples(folder: Path, job: Job) -> ExampleDatabase:
+    """Return the example database of a job below `folder`."""
+    return DirectoryBasedExampleDatabase(folder / "examples" / job.target.name / file_name(str(job.kernel)))

@@ -101,13 +101,47 @@ class JobFinished:
 
 
 @dataclass(frozen=True)
+class FailureReplayed:
+    """A saved failure, by its fingerprint, was run again on a job's kernel: FIXED, FAILED or ERROR, and the reason or
+    what else is to be known. `failures` are what it shows now, by their fingerprints."""
+
+    job: Job
+    fingerprint: str
+    case: Case
+    version: str
+    outcome: str
+    reason: str
+    failures: Mapping[str, Failure] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RegressionFinished:
+    """A historical bug was looked for: PASS, FAIL with what is wrong, or NOT RUN with the reason."""
+
+    pull_request: str
+    title: str
+    outcome: str
+    problem: str
+
+
+@dataclass(frozen=True)
 class CampaignFinished:
     """All jobs are over, or the campaign was interrupted."""
 
     interrupted: bool = False
 
 
-Event = CampaignStarted | JobStarted | KernelsCompiled | CaseFinished | FailureFound | JobFinished | CampaignFinished
+Event = (
+    CampaignStarted
+    | JobStarted
+    | KernelsCompiled
+    | CaseFinished
+    | FailureFound
+    | JobFinished
+    | FailureReplayed
+    | RegressionFinished
+    | CampaignFinished
+)
 Consumer = Callable[[Event], None]
 
 

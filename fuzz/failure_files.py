@@ -50,6 +50,11 @@ class FailureFiles:
         """Return the folder of a failure."""
         return self._named(found.job, found.fingerprint)
 
+    def document(self, found: FailureFound) -> dict[str, Any]:
+        """Return what failure.json says of a failure, with what case.json says under "case"."""
+        first_seen = self._first_seen.get(self.folder(found)) or _now()
+        return {**self._document(found, first_seen), "case": to_json(found.case)}
+
     def _named(self, job: Job, fingerprint: str) -> Path:
         owner = self._owners.setdefault(fingerprint, job)
         name = fingerprint if owner is job else file_name(fingerprint, str(job.kernel), str(job.device))
@@ -88,7 +93,7 @@ class FailureFiles:
 
     def _take(self, found: FailureFound) -> None:
         """Plan what must be written of a failure, and take away the folders of what turned out to be the same bug."""
-        folder, now = self.folder(found), datetime.now(timezone.utc).isoformat(timespec="seconds")
+        folder, now = self.folder(found), _now()
         earliest = self._first_seen.setdefault(folder, now)
         for name in found.withdrawn:
             other = self._named(found.job, name)
@@ -162,6 +167,10 @@ def _in_json(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     except (TypeError, ValueError):
         return None
     return again if again == arguments else None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _json(document: Any) -> Callable[[Path], None]:

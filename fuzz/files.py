@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from kernelfuzz.fuzz.events import CampaignFinished, Event
 from kernelfuzz.fuzz.executor import Request
@@ -85,6 +85,24 @@ class SummaryFile:
                 write_json(self._folder / "summary.json", self._summary.to_json())
             except KernelfuzzError as error:
                 self.problem = str(error)
+
+
+class InFlight(Protocol):
+    """Where the requests that a job's workers have now are kept, as a context manager."""
+
+    def __enter__(self) -> "InFlight":
+        """Begin."""
+
+    def left(self) -> list[Request]:
+        """Return the requests that an earlier campaign of this job left, to be run again."""
+
+    def record(self, requests: Sequence[Request]) -> None:
+        """Take the requests that the workers have now, in the place of those before."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End: what came of the requests has been reported, unless there is an error."""
 
 
 class InFlightFile:

@@ -1,6 +1,7 @@
 """A job: one target on one kernel on one device, the unit that a campaign is made of."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,6 +26,10 @@ class Job:
 
     def __str__(self) -> str:
         return f"{self.target.name} on {self.kernel} ({self.device})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Have another process look up what this one has looked up; a kernel test stays where it is."""
+        return unchecked_job, (self.target.name, str(self.kernel), str(self.device))
 
     @property
     def compiles(self) -> bool:
@@ -84,7 +89,19 @@ def named_jobs(targets: list[str], names: list[str], device: torch.device | None
 
     Raises KernelfuzzError for a kernel that implements none of the targets, or that cannot run here.
     """
-    jobs = []
+    jobs, skipped = offered_jobs(targets, names, device)
+    for each in skipped:
+        raise KernelfuzzError(f"{each.kernel} cannot run {each.target} on {each.device}: {each.reason}")
+    return jobs
+
+
+def offered_jobs(targets: list[str], names: list[str], device: torch.device | None) -> tuple[list[Job], list[Skipped]]:
+    """Return a job for each of `targets` (all if empty) and kernel of `names`, and those that cannot run here.
+
+    Raises KernelfuzzError for a kernel that implements none of the targets.
+    """
+    jobs: list[Job] = []
+    skipped: list[Skipped] = []
     for text in dict.fromkeys(names):
         name = KernelName.parse(text)
         offered = [registry.find(target, name) for target in dict.fromkeys(targets or TARGETS)]
@@ -96,12 +113,13 @@ def named_jobs(targets: list[str], names: list[str], device: torch.device | None
         for implementation in implementations:
             job = _on_best_device(implementation, name, device)
             if isinstance(job, Skipped):
-                raise KernelfuzzError(f"{name} cannot run {job.target} on {job.device}: {job.reason}")
-            jobs.append(job)
+                skipped.append(job)
+            else:
+                jobs.append(job)
     for target in targets:
-        if all(job.target.name != target for job in jobs):
+        if all(each.target.name != target for each in jobs) and all(each.target != target for each in skipped):
             raise KernelfuzzError(f"none of the kernels implements {target}: {', '.join(names)}")
-    return jobs
+    return jobs, skipped
 
 
 def unchecked_job(target: str, kernel: str, device: str) -> Job:

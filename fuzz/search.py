@@ -54,7 +54,7 @@ class Search:
     """Looks for failures of `job` until `limit` examples were tried or the monotonic clock reaches `deadline`.
 
     Each example is run by `executor` with `seeds` content seeds. Finds and verdicts are emitted as they come, in the
-    order in which the cases were drawn. It ends early once `enough` says so.
+    order in which the cases were drawn. It ends early once `enough` says so. `known` bugs pass for shrunk ones.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Search:
         seeds: int = 1,
         record_in_flight: RecordInFlight | None = None,
         enough: Callable[[], bool] = lambda: False,
+        known: Sequence[events.FailureFound] = (),
     ) -> None:
         self.job = job
         self.limit = limit
@@ -82,8 +83,9 @@ class Search:
         self._in_flight: dict[Request, int] = {}
         self._sightings: dict[str, Sighting] = {}
         self._announced: set[str] = set()
-        self._bugs: dict[str, events.FailureFound] = {}
+        self._bugs = {name: bug for bug in known for name in (bug.fingerprint, *bug.withdrawn)}
         """Every fingerprint that was shrunk, and the bug that it is taken for."""
+        self.reported.update(dict.fromkeys(self._bugs, 0))
         self._errors = 0
 
     def run(
@@ -103,8 +105,10 @@ class Search:
         came from. So a failure that is left with many tokens is looked for once more among the cases of `small`. In the
         end so is one that was seen while another one was shrunk, and never again.
         """
+        saved = SavedExamples(database)
+        saved.keep = bool(self._bugs)  # the examples of known bugs pass
         try:
-            self._run(strategy, seed, SavedExamples(database), small, first)
+            self._run(strategy, seed, saved, small, first)
         finally:
             self._announce_rest(at_the_end=True)
 
@@ -274,7 +278,8 @@ class Search:
                 best = rounds[1].smallest or best
             if first.focus is not None and best is not None:
                 judge = partial(self._judge, shrinking=True)
-                best = simplify(self.job, judge, first.focus, best, hurries=self.deadline is not None)
+                hurries = self.deadline is not None
+                best = simplify(self.job, judge, first.focus, best, hurries=hurries, enough=self._enough)
                 best = confirm(self.job, judge, first.focus, best)
                 original = self._sightings[first.focus]
                 is_smallest = True
@@ -323,6 +328,10 @@ class Search:
         if (self.limit is not None and self.examples >= self.limit) or self._enough():
             return True
         return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def is_enough(self) -> bool:
+        """Whether the search is to end at once."""
+        return self._enough()
 
     def launches_to_shrink(self, name: str) -> int | None:
         """Return how many launches a fingerprint may be shrunk with; None where only time counts."""
@@ -401,7 +410,7 @@ class _Shrinking:
         if case not in self._verdicts:
             if self._launches_left is not None and shrinking:
                 self._launches_left -= 1
-            is_late = self._until is not None and time.monotonic() >= self._until
+            is_late = self._search.is_enough() or (self._until is not None and time.monotonic() >= self._until)
             if is_late or (self._launches_left is not None and self._launches_left < 0):
                 return Verdict()
             self._verdicts[case] = self._search.judge_example(case, shrinking=shrinking)

@@ -42,14 +42,23 @@ class Sighting:
     runs: int = 1
 
 
-def simplify(job: Job, judge: Judge, name: str, best: Sighting, *, hurries: bool) -> Sighting:
+def simplify(
+    job: Job,
+    judge: Judge,
+    name: str,
+    best: Sighting,
+    *,
+    hurries: bool,
+    enough: Callable[[], bool] = lambda: False,
+) -> Sighting:
     """Return a failing case with simpler contents and round sizes, if there is one that has the fingerprint `name` too
-    and shows nothing else. With `hurries` it is looked for during some seconds only."""
+    and shows nothing else. With `hurries` it is looked for during some seconds only, and no longer once it is
+    `enough`."""
     tried = {best.case}
     until = time.monotonic() + SIMPLIFY_SECONDS
     while True:
         for case in simpler(best.case, job.target.reducible, job.target.roundable):
-            if case in tried or (hurries and time.monotonic() >= until):
+            if case in tried or (hurries and time.monotonic() >= until) or enough():
                 continue
             if best.failure.kind == "hang":  # each would take as long again
                 return best

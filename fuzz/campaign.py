@@ -117,6 +117,7 @@ class Conditions:
     - examples: how many each job looks for failures with, None where time decides
     - enough: ends a job early, asked between examples
     - known: bugs that are found already: they are counted, and neither announced nor shrunk
+    - palette: the seed of what is compiled ahead, for campaigns that are to share it; None: each job's own
     """
 
     bus: events.Bus
@@ -127,6 +128,7 @@ class Conditions:
     regime: Regime | None = None
     enough: Callable[[], bool] = lambda: False
     known: tuple[events.FailureFound, ...] = ()
+    palette: int | None = None
 
     def prepare(self, job: Job) -> Executor | None:
         """Return an executor that loads the job's kernel in the background; None if that cannot even begin, which will
@@ -155,11 +157,11 @@ class Conditions:
                 left = in_flight.left()
                 until = None if deadline is None else deadline()
                 self.bus.emit(events.JobStarted(job, kernel.version, len(left), kernel.notes))
-                drawing = Drawing.of(job, kernel, self.regime, seed)
+                drawing = Drawing.of(job, kernel, self.regime, seed if self.palette is None else self.palette)
                 failed: list[Request] = []
                 if drawing.ahead:
                     started = time.monotonic()
-                    compiled, failed = compile_ahead(job, drawing.ahead, until, in_flight.record)
+                    compiled, failed = compile_ahead(job, drawing.ahead, until, in_flight.record, self.enough)
                     self.bus.emit(events.KernelsCompiled(job, compiled, time.monotonic() - started))
                 search = Search(
                     job,

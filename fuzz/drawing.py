@@ -3,7 +3,7 @@
 import os
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -75,10 +75,15 @@ def _palette(job: Job, kernel: LoadedKernel, strategy: SearchStrategy[Case], see
 
 
 def compile_ahead(
-    job: Job, cases: Sequence[Case], deadline: float | None, record: RecordInFlight
+    job: Job,
+    cases: Sequence[Case],
+    deadline: float | None,
+    record: RecordInFlight,
+    enough: Callable[[], bool] = lambda: False,
 ) -> tuple[int, list[Request]]:
     """Run the cases once on as many workers as there are cores, so that Triton's cache holds what they need, until the
-    monotonic clock shows `deadline`. Return how many were run, and which of them the search must run too: they failed.
+    monotonic clock shows `deadline` or it is `enough`. Return how many were run, and which of them the search must run
+    too: they failed.
 
     Raises KernelfuzzError if the kernel cannot be loaded.
     """
@@ -88,7 +93,7 @@ def compile_ahead(
     ran, failed = 0, []
     try:
         workers.loaded()
-        while (waiting or running) and (deadline is None or time.monotonic() < deadline):
+        while (waiting or running) and (deadline is None or time.monotonic() < deadline) and not enough():
             while waiting and workers.has_room():
                 running[waiting[0]] = None
                 record(list(running))

@@ -4,6 +4,7 @@ An actor outlives the driver for a while, and keeps what its lane told until a d
 off is followed by the next one of the same store, which finds the actors by their namespace and takes them over.
 """
 
+import logging
 import os
 import threading
 import time
@@ -116,7 +117,7 @@ class RayLanes:
         namespace = f"kernelfuzz-{store}"
         try:
             if not ray.is_initialized():
-                ray.init(address, namespace=namespace, log_to_driver=False, logging_level="ERROR")
+                ray.init(address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise KernelfuzzError(f"--ray {address!r}: no Ray cluster answers there: {reason}") from error

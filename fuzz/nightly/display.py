@@ -95,7 +95,7 @@ class NightDisplay:
         """Return the table of jobs."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("target and kernel", overflow="fold")
-        for name in ("examples", "cases", "per s", "err/bound", "regimes", "failures"):
+        for name in ("examples", "cases", "per s", "err/bound", "failures"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("state", no_wrap=True)
         assert self._night is not None
@@ -109,7 +109,6 @@ class NightDisplay:
                 f"{counted.cases:,}",
                 f"{counted.cases / counted.seconds:,.0f}" if counted.seconds else "",
                 f"{counted.worst_ratio:.3f}" if counted.worst_ratio else "",
-                str(len(counted.regimes) or ""),
                 Text(str(failures or ""), style="bold red"),
                 self._state(state),
             )

@@ -81,7 +81,12 @@ class Ledger:
         self._observer.event(event)
 
     def failure(self, found: events.FailureFound, version: str) -> None:
-        """Write down a failure of a kernel of that version: its folder, then the store."""
+        """Write down a failure of a kernel of that version: its folder, then the store. Lanes that run the same job may
+        find the same one: the smallest case stays."""
+        before = self.found.get(found.fingerprint)
+        is_smaller = before is None or (found.shrunk and found.case.size < before.case.size)
+        if before is not None and before.job is found.job and before.shrunk and not is_smaller:
+            return
         for name in found.withdrawn:
             self.found.pop(name, None)
             self.statuses.pop(name, None)

@@ -162,7 +162,7 @@ class Night:
         """Line up what is done before anything else: what was cut off, stored failures, historical bugs."""
         for number, records in self._run_folder.take_left():
             for running in records:
-                self._retry(running, f"run {number} was cut off")
+                self._retry(running, f"run {number} ended")
         trials: dict[str, list[tuple[str, Trial]]] = {}
         for name in self.ledger.open:
             saved = self.ledger.saved(name)
@@ -240,7 +240,7 @@ class Night:
         self._slices += 1
         known = tuple(self.jobs[str(job)].known.values())
         seed = derive_seed(self._seed, self._slices)
-        return FuzzTask(job, seed, seconds, self.remaining, known, self._config.examples)
+        return FuzzTask(job, seed, self._seed, seconds, self.remaining, known, self._config.examples)
 
     # What comes back
 
@@ -360,6 +360,9 @@ class Night:
         last = time.monotonic() + (GRACE_AFTER_SIGNAL_SECONDS if self.interrupted else GRACE_SECONDS)
         while self._granted and time.monotonic() < last:
             self._listen()
+        for task in self._tasks:
+            if isinstance(task, RegressionTask):
+                self._leave_out(task.pull_request, "the night ended before its turn")
         for lane in list(self._granted):
             self.ledger.problem(f"lane {lane.name} did not end in time and was killed: {_describe(lane.task)}")
             self._end_task(lane, failed=False)

@@ -69,10 +69,11 @@ class Task(Protocol):
 class FuzzTask:
     """A slice of a job: look for failures for `seconds` from the time that the kernel is loaded, and for no longer than
     `at_most` in all. `known` bugs are neither announced nor shrunk; `examples` is the address of a shared example
-    database, or empty."""
+    database, or empty; `palette` is the seed of what is compiled ahead, the same for all slices of a night."""
 
     job: Job
     seed: int
+    palette: int
     seconds: float
     at_most: float
     known: tuple[events.FailureFound, ...] = ()
@@ -94,6 +95,7 @@ class FuzzTask:
             lambda job: _Recorder(job, surroundings.record),
             enough=surroundings.is_stopped,
             known=self.known,
+            palette=self.palette,
         )
         conditions.run(self.job, None, lambda: min(last, time.monotonic() + self.seconds), self.seed)
 

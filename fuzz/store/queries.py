@@ -2,7 +2,6 @@
 
 import json
 import sqlite3
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,8 +206,8 @@ def last_regressions(connection: sqlite3.Connection, before: int) -> dict[str, s
 
 def history(connection: sqlite3.Connection) -> list[Night]:
     """Return all nights, the newest first."""
-    counts: dict[int, Sequence[Any]] = {
-        row[0]: row[1:]
+    counts: dict[int, tuple[int, int, float]] = {
+        row[0]: tuple(row[1:])
         for row in connection.execute(
             "SELECT run, sum(json_extract(document, '$.examples')), sum(json_extract(document, '$.cases')),"
             " max(json_extract(document, '$.worst_ratio')) FROM statistics GROUP BY run"

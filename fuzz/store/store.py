@@ -18,8 +18,8 @@ BUSY_SECONDS = 30.0
 MOST_FILES = 100
 
 Status = Literal["new", "returned", "known", "listed", "fixed", "unseen"]
-"""What a failure was in a run: seen for the first time, or again after it was fixed; seen before and open; on the list
-of known failures; gone; or open, and neither seen nor known to be gone."""
+"""What a failure was in a run: seen for the first time; seen again after it was fixed, or counting again after it was
+listed; seen before and open; on the list of known failures; gone; or open, and neither seen nor known to be gone."""
 
 
 def now() -> str:
@@ -159,7 +159,7 @@ class Store:
         ).fetchone()
         if earlier is None:
             return "new"
-        return "returned" if earlier[0] == "fixed" else "known"
+        return "returned" if earlier[0] in ("fixed", "listed") else "known"
 
     def save_gone(self, run: int, fingerprint: str, status: Literal["fixed", "unseen"], note: str) -> None:
         """Write that an open failure was not seen in a run: it is `fixed`, or that cannot be said."""

@@ -9,8 +9,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -113,7 +114,7 @@ class RayLanes:
         self._ray: Any = ray
         self._store = store
         self._workers = config.workers
-        self._kinds: Collection[str] = ()
+        self._kinds: Mapping[str, int | None] = {}
         namespace = f"kernelfuzz-{store}"
         try:
             if not ray.is_initialized():
@@ -131,8 +132,9 @@ class RayLanes:
         self._stopping = False
         self._take_over(namespace)
 
-    def open(self, kinds: Collection[str]) -> None:
-        """Ask Ray for lanes of those device kinds."""
+    def open(self, kinds: Mapping[str, int | None], records: Path) -> None:
+        """Ask Ray for lanes of those device kinds. They tell of what they have running, and need no files."""
+        del records
         self._kinds = kinds
         self._look()
 
@@ -163,9 +165,10 @@ class RayLanes:
         """Ask Ray for the lanes that there is room for and that are not there yet."""
         self._looked = time.monotonic()
         room = self._room()
-        for kind in self._kinds:
+        for kind, most in self._kinds.items():
+            wanted = room.get(kind, 0) if most is None else min(most, room.get(kind, 0))
             there = sum(lane.kind == kind for lane in self._actors)
-            for _ in range(room.get(kind, 0) - there if self._losses.get(kind, 0) < MOST_LOSSES else 0):
+            for _ in range(wanted - there if self._losses.get(kind, 0) < MOST_LOSSES else 0):
                 self._open(kind)
 
     def _open(self, kind: str) -> None:

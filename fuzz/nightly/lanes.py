@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from kernelfuzz.fuzz.names import file_name
 from kernelfuzz.fuzz.nightly.lane import LaneProcess, LaneSettings, Lost, Message
 from kernelfuzz.fuzz.nightly.records import read_record
 from kernelfuzz.fuzz.nightly.tasks import Running, Task
@@ -34,6 +35,10 @@ class Lane:
 
 class Lanes(Protocol):
     """The lanes of a night."""
+
+    def open(self, kinds: Mapping[str, int | None], records: Path) -> None:
+        """Open lanes of those device kinds, each with how many are of use, None for as many as there are devices.
+        `records` is a folder for files in which lanes of this machine keep what they have running."""
 
     def kinds(self) -> dict[str, int]:
         """Return how many lanes there are, or will be, of each device kind."""
@@ -62,26 +67,28 @@ class Lanes(Protocol):
 
 
 class LocalLanes:
-    """The lanes of this machine: one for the CPU and one for each GPU, as far as `kinds` asks for them.
+    """The lanes of this machine; `folder` is where they keep examples. The lane of an NVIDIA GPU sees that one first
+    and the others behind it."""
 
-    The lane of an NVIDIA GPU sees that one first and the others behind it. `records` is a folder for what lanes have
-    running.
-    """
-
-    def __init__(self, kinds: Sequence[str], folder: Path, records: Path, workers: int | None) -> None:
+    def __init__(self, folder: Path, workers: int | None) -> None:
         self._folder = folder
-        self._records = records
         self._workers = workers
         self._processes: dict[Lane, LaneProcess] = {}
         self._losses: dict[str, int] = {}
-        for kind in kinds:
-            for index in range(_count(kind)):
-                self._open(Lane(kind if kind == "cpu" else f"{kind}:{index}", kind))
 
-    def _open(self, lane: Lane) -> None:
-        record = self._records / f"{lane.name.replace(':', '-')}.jsonl"
-        settings = LaneSettings(self._folder, self._workers, record)
+    def open(self, kinds: Mapping[str, int | None], records: Path) -> None:
+        """Open one lane for the CPU and one for each GPU, as far as `kinds` asks for them."""
+        self._records = records
+        for kind, most in kinds.items():
+            for index in range(_count(kind) if most is None else min(most, _count(kind))):
+                self._start(Lane(kind if kind == "cpu" else f"{kind}:{index}", kind))
+
+    def _start(self, lane: Lane) -> None:
+        settings = LaneSettings(self._folder, self._workers, self._record(lane))
         self._processes[lane] = LaneProcess(settings, _environment(lane))
+
+    def _record(self, lane: Lane) -> Path:
+        return self._records / f"{file_name(lane.name)}.jsonl"
 
     def kinds(self) -> dict[str, int]:
         """Return how many lanes there are of each kind."""
@@ -113,12 +120,12 @@ class LocalLanes:
             if isinstance(message, Lost):
                 del self._processes[lane]
                 if self._losses[lane.name] < MOST_LOSSES:
-                    self._open(Lane(lane.name, lane.kind))
+                    self._start(Lane(lane.name, lane.kind))
         return messages
 
     def running(self, lane: Lane) -> Running | None:
         """Return what a lost lane had running."""
-        return read_record(self._records / f"{lane.name.replace(':', '-')}.jsonl")
+        return read_record(self._record(lane))
 
     def stop(self) -> None:
         """Have all lanes stop."""

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from kernelfuzz.fuzz import events
@@ -69,7 +68,7 @@ class Night:
     """One run of a night for `seconds`, remembered in `store`.
 
     - jobs: what is to run; skipped: what cannot run here
-    - make_lanes: returns where it runs; takes the folder in which lanes keep what they have running
+    - lanes: where it runs; they are opened by it
     - is_interrupted: asked several times a second; once it is true the night ends as if its time were over
     """
 
@@ -79,7 +78,7 @@ class Night:
         store: Store,
         jobs: Sequence[Job],
         skipped: Sequence[Skipped],
-        make_lanes: Callable[[Path], Lanes],
+        lanes: Lanes,
         seconds: float,
         seed: int,
         observer: Observer,
@@ -115,7 +114,11 @@ class Night:
         self._run_folder = RunFolder(store.folder, run_number)
         self._run_folder.hold()
         self.ledger = Ledger(store, run_number, seed, config.known, observer)
-        self._lanes = make_lanes(self._run_folder.path)
+        self._lanes = lanes
+        kinds: dict[str, int | None] = dict.fromkeys(job.device.type for job in jobs)
+        if config.regressions:
+            kinds.setdefault("cpu", 1)  # some of them show on a CPU only
+        lanes.open(kinds, self._run_folder.path)
         self._schedule = Schedule(jobs, self._lanes.kinds(), seconds)
         for lane in self._lanes.adopted():
             self._adopt(lane)

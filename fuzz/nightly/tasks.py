@@ -17,7 +17,6 @@ from kernelfuzz.fuzz.job import Job
 from kernelfuzz.fuzz.nightly.redis_examples import redis_examples
 from kernelfuzz.fuzz.regressions import run_regression
 from kernelfuzz.fuzz.replay import Trial, run_trials
-from kernelfuzz.kernels.registry import spelled_device
 from kernelfuzz.kernels.regressions import find as find_regression
 
 Emit = Callable[[events.Event], None]
@@ -162,17 +161,13 @@ class ReplayTask:
 
 @dataclass(frozen=True)
 class RegressionTask:
-    """A historical bug to be looked for on a device, for no longer than `at_most` seconds."""
+    """A historical bug to be looked for by a lane of that `kind`, on the best device that it can be run on there, for
+    no longer than `at_most` seconds."""
 
     pull_request: str
-    device: str
+    kind: str
     seed: int
     at_most: float
-
-    @property
-    def kind(self) -> str:
-        """The device's."""
-        return spelled_device(self.device).type
 
     def run(self, surroundings: Surroundings) -> None:
         """Run it. One that is cut short is not run."""
@@ -183,7 +178,7 @@ class RegressionTask:
                 raise KeyboardInterrupt  # as a person would end it
 
         regression = find_regression(self.pull_request)
-        result = run_regression(regression, spelled_device(self.device), [self.seed], progress)
+        result = run_regression(regression, None, [self.seed], progress)
         problem = "there was no time left for it" if result.interrupted else result.problem
         surroundings.emit(events.RegressionFinished(self.pull_request, regression.title, result.outcome, problem))
 

@@ -7,10 +7,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from kernelfuzz.fuzz.cli.bisect import bisect
+from kernelfuzz.fuzz.cli.history import history
 from kernelfuzz.fuzz.cli.list import list_kernels
+from kernelfuzz.fuzz.cli.nightly import nightly
 from kernelfuzz.fuzz.cli.regressions import regressions
 from kernelfuzz.fuzz.cli.releases import app as releases_app
 from kernelfuzz.fuzz.cli.replay import replay
+from kernelfuzz.fuzz.cli.report import report
 from kernelfuzz.fuzz.cli.repro import repro
 from kernelfuzz.fuzz.cli.run import run
 from kernelfuzz.strategies.errors import KernelfuzzError
@@ -23,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run")(run)
+app.command("nightly")(nightly)
+app.command("history")(history)
+app.command("report")(report)
 app.command("list")(list_kernels)
 app.command("replay")(replay)
 app.command("repro")(repro)

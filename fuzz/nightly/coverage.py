@@ -120,7 +120,7 @@ class Coverage:
         - pairs: [i, j, matrix] for the dimensions i < j, the matrix with a row for each value of i, a column for each
           of j
         """
-        names = [name for name in self._values if name in self._counts]
+        names = list(self._counts)
         values = {name: sorted(self._values[name], key=self._order(name)) for name in names}
         return {
             "dimensions": [

@@ -10,11 +10,15 @@ from kernelfuzz.fuzz.job import Job
 from kernelfuzz.fuzz.names import file_name
 from kernelfuzz.strategies.errors import KernelfuzzError
 
+ANSWER_SECONDS = 5.0
+"""How long the server may take for one answer."""
+
 
 def redis_examples(address: str, job: Job) -> ExampleDatabase:
-    """Return the examples of a job in the Redis server at `address`, like redis://host:6379/0.
+    """Return the examples of a job in the Redis server at `address`, like redis://host:6379/0. A server that does not
+    answer, now or later, ends no search: it has no examples then.
 
-    Raises KernelfuzzError where the package redis is missing or the server does not answer.
+    Raises KernelfuzzError where the package redis is missing or the address is none.
     """
     client = _client(address)
     from hypothesis.extra.redis import RedisExampleDatabase
@@ -25,7 +29,15 @@ def redis_examples(address: str, job: Job) -> ExampleDatabase:
 
 def require_redis(address: str) -> None:
     """Raise KernelfuzzError unless there is a Redis server at `address`."""
-    _client(address).close()
+    client = _client(address)
+    from redis import RedisError
+
+    try:
+        client.ping()
+    except RedisError as error:
+        raise _no_server(address, error) from error
+    finally:
+        client.close()
 
 
 def _client(address: str) -> Any:
@@ -36,11 +48,14 @@ def _client(address: str) -> Any:
             "a shared example database needs the package redis: pip install 'kernelfuzz[redis]'"
         ) from None
     try:
-        client = redis.Redis.from_url(address)
-        client.ping()
-    except (redis.RedisError, ValueError) as error:
-        raise KernelfuzzError(f"no Redis server answers at {address!r}: {error}") from error
-    return client
+        return redis.Redis.from_url(address, socket_timeout=ANSWER_SECONDS)
+    except ValueError as error:
+        raise _no_server(address, error) from error
+
+
+def _no_server(address: str, error: Exception) -> KernelfuzzError:
+    where = address.rpartition("@")[2]  # what stands before it is a user and a password
+    return KernelfuzzError(f"no Redis server answers at {where!r}: {error}; start one, or change 'examples'")
 
 
 class _Forgiving(ExampleDatabase):

@@ -33,7 +33,7 @@ def history(
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("run", "started (UTC)", "took", "state", "cases", "err/bound", "exit", "failures"):
         is_number = name in ("run", "cases", "err/bound", "exit")
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=name != "failures")
     for night in nights:
         run = night.run
         failures = Text()

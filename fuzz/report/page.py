@@ -63,6 +63,7 @@ def page(view: View) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kernelfuzz.fuzz", "report"),
         autoescape=True,
+        finalize=_visible,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -96,6 +97,14 @@ def page(view: View) -> str:
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {_digest(script)}",
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def _visible(value: Any) -> Any:
+    """Return a text without characters that cannot be seen, or that turn the text around them: what kernels say may
+    hold any."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in value)
 
 
 def _digest(script: str) -> str:

@@ -30,7 +30,7 @@ class FailureView:
     - folder: where its files are; None where they are gone
     - case, elements: lines for a person; text, script: README.md and repro.py, or empty
     - picture: writemap.png in base64, or empty
-    - bisection: versions and what they did, good or bad; replays: on which kernels it was run again in this run
+    - bisection: versions and what they did: good, bad or cannot run; replays: on which kernels it was run again in this run
     - timeline: what it was in which run
     """
 
@@ -54,7 +54,8 @@ class FailureView:
     @property
     def change(self) -> str:
         """Where the bisection saw the failure come in or go away, or empty."""
-        for (before, one), (after, other) in zip(self.bisection, self.bisection[1:]):
+        judged = [each for each in self.bisection if each[1] != "cannot run"]
+        for (before, one), (after, other) in zip(judged, judged[1:]):
             if one != other:
                 return f"{'came in' if other == 'bad' else 'went away'} between {before} and {after}"
         return ""

@@ -194,9 +194,8 @@ class Night:
         elif state is not None:
             for request in running.requests:
                 self._tasks.append(RetryTask(state.job, request, tuple(state.known.values())))
-            self.ledger.problem(
-                f"{running.job}: {why}; {len(running.requests)} case(s) that were running are run again"
-            )
+            count = len(running.requests)
+            self.ledger.problem(f"{running.job}: {count} case(s) that were running when {why} are run again")
 
     def _plan_regression(self, regression: Regression) -> None:
         kinds = self._lanes.kinds()
@@ -218,6 +217,9 @@ class Night:
 
     def _hand_out(self) -> bool:
         """Give idle lanes something to do; return whether there is anything left to wait for."""
+        if not self._lanes.kinds():
+            self.ledger.problem("all lanes were lost: the night ends early")
+            return False
         for lane in self._lanes.idle():
             task = self._next_task(lane.kind)
             if task is not None:
@@ -262,16 +264,16 @@ class Night:
                 pass  # the lanes keep the last one
             case Done(problem, trace):
                 if problem:
-                    self.ledger.problem(f"{_describe(lane.task)}: {problem}")
+                    self._take_problem(lane.task, problem)
                 if trace:
                     name = f"run-{self.ledger.run}-{file_name(lane.name)}.txt"
                     self.ledger.write(lambda: write_file(self._folder / "errors" / name, trace))
-                self._end_task(lane, failed=bool(problem))
+                self._end_task(lane)
                 lane.task = None
             case Lost(reason):
                 self.ledger.problem(f"lane {lane.name} was lost: {reason}")
                 self._take_loss(lane)
-                self._end_task(lane, failed=False)
+                self._end_task(lane)
 
     def _with_own_job(self, event: events.Event) -> Any:
         """Return the event with the job that this process knows, instead of its copy from another one."""
@@ -296,20 +298,23 @@ class Night:
             case events.RegressionFinished():
                 self.ledger.regression(event)
                 return
-            case events.JobFinished(job, _, error):
-                self._count(job, event)
-                self._count_error(self.jobs[str(job)], failed=bool(error))
-            case events.JobStarted(job) | events.KernelsCompiled(job) | events.CaseFinished(job):
+            case (
+                events.JobStarted(job)
+                | events.KernelsCompiled(job)
+                | events.CaseFinished(job)
+                | events.JobFinished(job)
+            ):
                 self._count(job, event)
         self.ledger.event(event)
 
     def _count(self, job: Job, event: events.Event) -> None:
         self.jobs[str(job)].statistics.take(event, self.elapsed)
 
-    def _count_error(self, state: JobState, *, failed: bool) -> None:
-        state.errors = state.errors + 1 if failed else 0
-        if state.errors >= MOST_ERRORS:
-            self._schedule.drop(state.job)
+    def _take_problem(self, task: Task | None, problem: str) -> None:
+        """Take what went wrong in kernelfuzz itself."""
+        self.ledger.problem(f"{_describe(task)}: {problem}")
+        if isinstance(task, (FuzzTask, RetryTask)):
+            self.jobs[str(task.job)].statistics.error = problem
 
     def _take_failure(self, found: events.FailureFound) -> None:
         state = self.jobs[str(found.job)]
@@ -335,8 +340,8 @@ class Night:
             case RegressionTask(number):
                 self._leave_out(number, "its lane was lost")
 
-    def _end_task(self, lane: Lane, *, failed: bool) -> None:
-        """Account for what a lane has done."""
+    def _end_task(self, lane: Lane) -> None:
+        """Account for what a lane has done. A job that ends with an error again and again gets no further slice."""
         granted = self._granted.pop(lane, 0.0)
         if isinstance(lane.task, (FuzzTask, RetryTask)):
             state, seconds = self.jobs[str(lane.task.job)], time.monotonic() - lane.since
@@ -344,8 +349,9 @@ class Night:
             state.statistics.seconds += seconds
             if isinstance(lane.task, FuzzTask):
                 self._schedule.finished(lane.task.job, granted, seconds, state.statistics.slice_gain())
-            if failed:
-                self._count_error(state, failed=True)
+            state.errors = state.errors + 1 if state.statistics.error else 0
+            if state.errors >= MOST_ERRORS:
+                self._schedule.drop(state.job)
 
     def _save(self) -> None:
         """Write down what was counted."""
@@ -368,7 +374,7 @@ class Night:
                 self._leave_out(task.pull_request, "the night ended before its turn")
         for lane in list(self._granted):
             self.ledger.problem(f"lane {lane.name} did not end in time and was killed: {_describe(lane.task)}")
-            self._end_task(lane, failed=False)
+            self._end_task(lane)
 
 
 def _describe(task: Task | None) -> str:

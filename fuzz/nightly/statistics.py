@@ -50,7 +50,7 @@ class Statistics:
         """Take an event of the job into account, `at` seconds after the night began."""
         match event:
             case events.JobStarted(_, version, _, notes):
-                self.version, self.notes = version, notes
+                self.version, self.notes, self.error = version, notes, ""
             case events.KernelsCompiled(_, _, seconds):
                 self.spent["compiling"] = self.spent.get("compiling", 0.0) + seconds
             case events.CaseFinished():

@@ -30,7 +30,8 @@ class FailureView:
     - folder: where its files are; None where they are gone
     - case, elements: lines for a person; text, script: README.md and repro.py, or empty
     - picture: writemap.png in base64, or empty
-    - bisection: versions and what they did: good, bad or cannot run; replays: on which kernels it was run again in this run
+    - bisection: versions and what they did: good, bad or cannot run
+    - replays: on which kernels it was run again in this run
     - timeline: what it was in which run
     """
 

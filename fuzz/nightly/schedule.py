@@ -9,7 +9,7 @@ FLOOR = 0.5
 """The part of a night that is shared out equally."""
 
 SHORTEST_SECONDS = 20.0
-"""A slice pays for loading its kernel if it is this long."""
+"""A slice beyond the floor pays for loading its kernel if it is this long."""
 
 PARTS = 4
 """How many slices, on the average, a job gets of the other part."""
@@ -72,10 +72,10 @@ class Schedule:
                 seconds = min(seconds, FLOOR * self._seconds)
         else:
             share = max(free, key=lambda each: each.promise)
-            seconds = (1 - FLOOR) * lanes * self._seconds / len(shares) / PARTS
-        seconds = max(seconds, SHORTEST_SECONDS)
-        if remaining < seconds + SHORTEST_SECONDS:  # what would be left does not pay for another slice
-            seconds = remaining
+            seconds = max((1 - FLOOR) * lanes * self._seconds / len(shares) / PARTS, SHORTEST_SECONDS)
+            if remaining < seconds + SHORTEST_SECONDS:  # what would be left does not pay for another slice
+                seconds = remaining
+        seconds = min(seconds, remaining)
         share.running += 1
         share.granted += seconds
         return share.job, seconds

@@ -1,8 +1,10 @@
 """`kernelfuzz nightly`: every kernel under one budget, remembered from night to night."""
 
+import contextlib
 import json
 import random
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -64,7 +66,9 @@ def nightly(
     for problem in kept.problems:
         display.problem(problem)
     seed = random.randrange(2**32) if seed is None else seed
-    with display.live():
+    # Ray prints there when a node dies.
+    quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    with display.live(), quiet:
         night = Night(settings, kept, jobs, skipped, lanes, seconds, seed, display, signals.is_requested)
         display.watch(night, seed)
         status = night.run()

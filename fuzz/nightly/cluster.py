@@ -6,6 +6,8 @@ off is followed by the next one of the same store, which finds the actors by the
 
 import logging
 import os
+import signal
+import socket
 import threading
 import time
 from collections import deque
@@ -24,6 +26,9 @@ from kernelfuzz.strategies.errors import KernelfuzzError
 
 LANE_CPUS = 4
 """CPUs that a lane for CPU kernels asks for, where a node has as many: one draws, on the others run workers."""
+
+CONNECT_SECONDS = 10.0
+"""How long the cluster may take to accept a connection."""
 
 ORPHAN_SECONDS = 600.0
 """How long an actor waits for a driver."""
@@ -116,12 +121,15 @@ class RayLanes:
         self._workers = config.workers
         self._kinds: Mapping[str, int | None] = {}
         namespace = f"kernelfuzz-{store}"
+        handler = signal.getsignal(signal.SIGTERM)
         try:
+            _knock(address)
             if not ray.is_initialized():
                 ray.init(address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise KernelfuzzError(f"--ray {address!r}: no Ray cluster answers there: {reason}") from error
+        signal.signal(signal.SIGTERM, handler)  # Ray's own would end the process without a report
         self._actors: dict[Lane, Any] = {}
         self._asked: dict[Any, Lane] = {}
         self._taken: dict[Lane, int] = {}
@@ -287,3 +295,10 @@ class RayLanes:
                 self._ray.kill(actor)
         self._actors.clear()
         self._ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError unless somebody listens at `address`, if it is HOST:PORT: Ray would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()

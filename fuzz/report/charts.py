@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from markupsafe import Markup, escape
 
 from kernelfuzz.fuzz.nightly.statistics import RATIO_BINS, RATIO_EDGES
+from kernelfuzz.fuzz.report.view import visible
 
 Point = tuple[float, float]
 
@@ -13,13 +14,11 @@ _WIDTH, _HEIGHT = 300, 92
 _LEFT, _BOTTOM, _TOP = 44, 16, 8
 
 
-def _svg(width: float, height: float, label: str, parts: Iterator[str], most: float | None = None) -> Markup:
-    """Return a chart that fills the width it is given, or `most` pixels of it."""
-    body = "".join(parts)
-    style = f' style="max-width: {most:.0f}px"' if most else ""
+def _svg(width: float, height: float, label: str, parts: Iterator[str], attributes: str = "") -> Markup:
+    """Return a chart that fills the width it is given."""
     return Markup(
-        f'<svg viewBox="0 0 {width:g} {height:g}"{style} role="img" aria-label="{escape(label)}">'
-        f"<title>{escape(label)}</title>{body}</svg>"
+        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(visible(label))}"{attributes}>'
+        f"{''.join(parts)}</svg>"
     )
 
 
@@ -89,7 +88,7 @@ def histogram(counts: Sequence[int], label: str) -> Markup:
 
 
 def parts_of(shares: Mapping[str, float], label: str) -> Markup:
-    """Return a bar of the parts of a whole, each with a class of its own, in their order."""
+    """Return a bar of the parts of a whole, each with a class of its own, in their order. It may be stretched."""
     total = sum(shares.values()) or 1.0
 
     def parts() -> Iterator[str]:
@@ -101,7 +100,7 @@ def parts_of(shares: Mapping[str, float], label: str) -> Markup:
             yield f"<title>{escape(said)}</title></rect>"
             x += wide
 
-    return _svg(600, 18, label, parts())
+    return _svg(600, 18, label, parts(), ' preserveAspectRatio="none"')
 
 
 def columns(values: Sequence[tuple[str, float]], label: str) -> Markup:
@@ -121,4 +120,4 @@ def columns(values: Sequence[tuple[str, float]], label: str) -> Markup:
                 place = f'x="{x + step / 2:.1f}" y="{floor + 13}" text-anchor="middle"'
                 yield f'<text class="tick" {place}>{escape(name)}</text>'
 
-    return _svg(width, floor + 18, label, parts(), most=width)
+    return _svg(width, floor + 18, label, parts(), f' style="max-width: {width:.0f}px"')

@@ -3,9 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-MOST_NAMED = 12
-"""Pairs that a cell names; how many more there are is said."""
-
 
 @dataclass(frozen=True)
 class Bar:
@@ -53,8 +50,9 @@ class JobCoverage:
     possible: int
 
 
-def job_coverage(document: dict[str, Any]) -> JobCoverage:
-    """Return what Coverage.to_json counted, for the page."""
+def job_coverage(document: dict[str, Any], most_named: int) -> JobCoverage:
+    """Return what Coverage.to_json counted, for the page; a cell names so many pairs at most, and says how many more
+    there are."""
     found = document["dimensions"]
     names = [each["name"] for each in found]
     values = [each["values"] for each in found]
@@ -65,8 +63,8 @@ def job_coverage(document: dict[str, Any]) -> JobCoverage:
         i, j, counts = (one, other, table) if one < other else (other, one, [list(column) for column in zip(*table)])
         missing = [(a, b) for a, row in zip(values[i], counts) for b, n in zip(values[j], row) if not n]
         size = len(values[i]) * len(values[j])
-        named = ", ".join(f"{a} with {b}" for a, b in missing[:MOST_NAMED])
-        more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
+        named = ", ".join(f"{a} with {b}" for a, b in missing[:most_named])
+        more = f" and {len(missing) - most_named} more" if len(missing) > most_named else ""
         cells[i, j] = Cell(names[i], names[j], 1 - len(missing) / size, named + more, len(pairs))
         pairs.append([i, j, counts])
         untried, possible = untried + len(missing), possible + size

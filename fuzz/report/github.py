@@ -1,6 +1,6 @@
 """A night as annotations of a GitHub workflow."""
 
-from kernelfuzz.fuzz.report.view import FAILING, View
+from kernelfuzz.fuzz.report.view import FAILING, View, visible
 
 MOST_ANNOTATIONS = 10
 """GitHub shows no more of each kind for a step."""
@@ -32,7 +32,7 @@ def _annotation(kind: str, title: str, message: str) -> str:
 
 
 def _data(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return visible(text).replace("%", "%25").replace("\n", "%0A")
 
 
 def _property(text: str) -> str:

@@ -1,14 +1,10 @@
 """A night as JUnit XML: what fails a night is a failure there, and nothing else is."""
 
-import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
-from kernelfuzz.fuzz.report.view import FAILING, FailureView, View
+from kernelfuzz.fuzz.report.view import FAILING, FailureView, View, visible
 from kernelfuzz.fuzz.store.queries import JobStatistics
-
-_NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Characters that XML 1.0 cannot hold."""
 
 
 def junit(view: View) -> str:
@@ -35,21 +31,21 @@ def junit(view: View) -> str:
 def _suite(root: ET.Element, name: str, cases: list[ET.Element], seconds: float = 0.0) -> None:
     if not cases:
         return
-    suite = ET.SubElement(root, "testsuite", name=_text(name), tests=str(len(cases)), time=f"{seconds:.3f}")
+    suite = ET.SubElement(root, "testsuite", name=visible(name), tests=str(len(cases)), time=f"{seconds:.3f}")
     for tag, attribute in (("failure", "failures"), ("error", "errors"), ("skipped", "skipped")):
         suite.set(attribute, str(sum(case.find(tag) is not None for case in cases)))
     suite.extend(cases)
 
 
 def _case(suite: str, name: str) -> ET.Element:
-    return ET.Element("testcase", classname=_text(suite), name=_text(name))
+    return ET.Element("testcase", classname=visible(suite), name=visible(name))
 
 
 def _job(name: str, job: JobStatistics) -> ET.Element:
-    case = _case(name, f"{job.document['examples']:,} examples")
+    case = _case(name, "every example was judged")
     problems = [job.document["error"], *job.document["errors"]]
     if any(problems):
-        ET.SubElement(case, "error", message=_text(next(filter(None, problems))))
+        ET.SubElement(case, "error", message=visible(next(filter(None, problems))))
     return case
 
 
@@ -57,12 +53,12 @@ def _failure(suite: str, each: FailureView) -> ET.Element:
     case = _case(suite, each.failure.fingerprint)
     status = each.sighting.status
     if status in FAILING:
-        failure = ET.SubElement(case, "failure", type=_text(str(each.document.get("kind", ""))))
-        failure.set("message", _text(f"{status}: {each.message}"))
-        failure.text = _text("\n".join([each.message, *each.elements, "smallest case:", *each.case]))
+        failure = ET.SubElement(case, "failure", type=visible(str(each.document.get("kind", ""))))
+        failure.set("message", visible(f"{status}: {each.message}"))
+        failure.text = visible("\n".join([each.message, *each.elements, "smallest case:", *each.case]))
     elif status != "fixed":
         reason = each.sighting.note or each.message
-        ET.SubElement(case, "skipped", message=_text(f"{status}: {reason}"))
+        ET.SubElement(case, "skipped", message=visible(f"{status}: {reason}"))
     return case
 
 
@@ -70,12 +66,7 @@ def _regressions(view: View) -> Iterator[ET.Element]:
     for each in view.regressions:
         case = _case("historical bugs", f"{each.pull_request} {each.title}")
         if each.outcome == "FAIL":
-            ET.SubElement(case, "failure", message=_text(each.problem))
+            ET.SubElement(case, "failure", message=visible(each.problem))
         elif each.outcome != "PASS":
-            ET.SubElement(case, "skipped", message=_text(each.problem))
+            ET.SubElement(case, "skipped", message=visible(each.problem))
         yield case
-
-
-def _text(text: str) -> str:
-    """Return a text without what XML cannot hold."""
-    return _NOT_IN_XML.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -53,6 +53,12 @@
     const data = JSON.parse(document.getElementById(map.dataset.source).textContent);
     const rows = [...map.tBodies[0].rows].map(row => [...row.querySelectorAll("button")]);
     rows.flat().forEach((button, number) => { button.tabIndex = number ? -1 : 0; });
+    const said = map.closest(".inside").querySelector(".said");
+    said.hidden = false;
+    said.textContent = "Point at a cell, or go to it with Tab and the arrows.";
+    const say = event => { if (event.target.dataset.pair) said.textContent = event.target.title; };
+    map.addEventListener("focusin", say);
+    map.addEventListener("mouseover", say);
     map.addEventListener("click", event => { if (event.target.dataset.pair) fill(data, Number(event.target.dataset.pair)); });
     map.addEventListener("keydown", event => {
       const steps = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] };

@@ -22,6 +22,33 @@ STATUSES: tuple[Status, ...] = ("new", "returned", "known", "listed", "fixed", "
 FAILING: tuple[Status, ...] = ("new", "returned")
 """Those that fail a night."""
 
+_SAME_BISECTION = ("case", "package", "device", "sanitizer")
+"""What the outcomes of one bisection have in common in bisect.json."""
+
+
+def visible(text: str) -> str:
+    """Return a text without characters that cannot be seen, that turn the text around them, or that files cannot hold:
+    what kernels say may have any."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What `kernelfuzz bisect` saw on a version, a release or a commit's hash: good, bad or cannot run; the note says
+    how it failed otherwise, or why it could not run."""
+
+    version: str
+    state: str
+    note: str
+
+    @property
+    def release(self) -> Version | None:
+        """The version for comparison, None for a commit."""
+        try:
+            return Version(self.version)
+        except InvalidVersion:
+            return None
+
 
 @dataclass(frozen=True)
 class FailureView:
@@ -30,9 +57,9 @@ class FailureView:
     - folder: where its files are; None where they are gone
     - case, elements: lines for a person; text, script: README.md and repro.py, or empty
     - picture: writemap.png in base64, or empty
-    - bisection: versions and what they did: good, bad or cannot run
+    - bisection: releases by age, then commits in the order in which they were run
     - replays: on which kernels it was run again in this run
-    - timeline: what it was in which run
+    - timeline: what it was in this run and in those before
     """
 
     failure: queries.Failure
@@ -43,7 +70,7 @@ class FailureView:
     text: str
     script: str
     picture: str
-    bisection: list[tuple[str, str]]
+    bisection: list[Trial]
     replays: list[queries.Replay]
     timeline: Mapping[int, Status]
 
@@ -54,12 +81,18 @@ class FailureView:
 
     @property
     def change(self) -> str:
-        """Where the bisection saw the failure come in or go away, or empty."""
-        judged = [each for each in self.bisection if each[1] != "cannot run"]
-        for (before, one), (after, other) in zip(judged, judged[1:]):
-            if one != other:
-                return f"{'came in' if other == 'bad' else 'went away'} between {before} and {after}"
+        """Between which releases the bisection saw the failure come in or go away, or empty."""
+        judged = [each for each in self.bisection if each.release is not None and each.state != "cannot run"]
+        for before, after in zip(judged, judged[1:]):
+            if before.state != after.state:
+                came = "came in" if after.state == "bad" else "went away"
+                return f"{came} between {before.version} and {after.version}"
         return ""
+
+    @property
+    def last_seen(self) -> int:
+        """The last run, up to this one, that saw it."""
+        return max((run for run, status in self.timeline.items() if status not in ("fixed", "unseen")), default=0)
 
     @property
     def message(self) -> str:
@@ -69,7 +102,11 @@ class FailureView:
 
 @dataclass(frozen=True)
 class View:
-    """A run, with all runs before it for comparison; `nights` has the newest first."""
+    """A run, with all runs before it for comparison.
+
+    - nights: this run and those before, the newest first
+    - timelines: of every failure that these runs know, what it was in which of them
+    """
 
     folder: Path
     run: queries.Run
@@ -77,6 +114,7 @@ class View:
     failures: list[FailureView]
     regressions: list[queries.Regression]
     nights: list[queries.Night]
+    timelines: Mapping[str, Mapping[int, Status]]
 
     def of(self, *statuses: Status) -> list[FailureView]:
         """Return the failures with one of these statuses."""
@@ -122,7 +160,8 @@ def read_view(folder: Path, number: int | None = None) -> View:
         replays = queries.replays(connection, chosen.id)
         timelines: dict[str, dict[int, Status]] = {}
         for each in queries.sightings(connection):
-            timelines.setdefault(each.fingerprint, {})[each.run] = each.status
+            if each.run <= chosen.id:
+                timelines.setdefault(each.fingerprint, {})[each.run] = each.status
         views = [
             _failure(
                 folder,
@@ -142,6 +181,7 @@ def read_view(folder: Path, number: int | None = None) -> View:
             views,
             queries.regressions(connection, chosen.id),
             [night for night in nights if night.run.id <= chosen.id],
+            timelines,
         )
     finally:
         connection.close()
@@ -186,14 +226,14 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _bisection(path: Path, fingerprint: str) -> list[tuple[str, str]]:
-    """Return what `kernelfuzz bisect` saw of a failure, by version, in their order if they are releases."""
+def _bisection(path: Path, fingerprint: str) -> list[Trial]:
+    """Return what `kernelfuzz bisect` saw of a failure when it was called last: outcomes of another case, or on another
+    device, say nothing of where this one changes."""
     try:
-        found = read_json(path)["results"]
-        states = {str(each["version"]): str(each["state"]) for each in found if each["fingerprint"] == fingerprint}
-    except (KernelfuzzError, KeyError, TypeError):
+        found = [each for each in read_json(path)["results"] if each["fingerprint"] == fingerprint]
+        last = [each for each in found if all(each.get(name) == found[-1].get(name) for name in _SAME_BISECTION)]
+        trials = [Trial(*(str(each.get(name, "")) for name in ("version", "state", "note"))) for each in last]
+    except (KernelfuzzError, KeyError, TypeError, AttributeError):
         return []
-    try:
-        return sorted(states.items(), key=lambda each: Version(each[0]))
-    except InvalidVersion:  # commits, in the order in which they were run
-        return list(states.items())
+    releases = [each for each in trials if each.release is not None]
+    return sorted(releases, key=lambda each: Version(each.version)) + [each for each in trials if each.release is None]

@@ -39,9 +39,8 @@ class Nights:
         failure = Failure(
             "wrong_value", "output", f"clause_{number}", self.text, ({"index": [0, 1], "expected": 1.0, "actual": 2.0},)
         )
-        return events.FailureFound(
-            job, fingerprint(job, failure), failure, self.cases[job.target.name][number], 7, shrunk=True
-        )
+        cases = self.cases[job.target.name]
+        return events.FailureFound(job, fingerprint(job, failure), failure, cases[number % len(cases)], 7, shrunk=True)
 
     def see(self, number: int, listed: str = "") -> str:
         """Write down that the night has seen a bug; return its status."""

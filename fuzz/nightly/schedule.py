@@ -14,11 +14,11 @@ SHORTEST_SECONDS = 20.0
 PARTS = 4
 """How many slices, on the average, a job gets of the other part."""
 
-_FORGETTING = 0.5
-"""What a gain counts for after each further slice of its job."""
+_FORGETTING = 0.25
+"""What a slice counts for after each further one of its job."""
 
 _HOPE = 0.2
-"""The gain that any further slice is good for."""
+"""The gain that a job is good for whatever its last slices brought, the less the more time it has had."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class _Share:
     @property
     def promise(self) -> float:
         """How much gain a second is expected to bring."""
-        return (self.gain + _HOPE) / max(self.seconds, 1.0)
+        return self.gain / max(self.seconds, 1.0) + _HOPE / max(self.granted, 1.0)
 
 
 class Schedule:

@@ -100,8 +100,8 @@ def migrate(connection: sqlite3.Connection) -> None:
 def _statements(step: str) -> list[str]:
     """Return the statements of a step one by one: `executescript` would commit what was begun."""
     statements, statement = [], ""
-    for line in step.splitlines(keepends=True):
-        statement += line
+    for part in step.split(";")[:-1]:
+        statement += part + ";"
         if sqlite3.complete_statement(statement):
             statements.append(statement)
             statement = ""

@@ -118,6 +118,7 @@ class Conditions:
     - enough: ends a job early, asked between examples
     - known: bugs that are found already: they are counted, and neither announced nor shrunk
     - palette: the seed of what is compiled ahead, for campaigns that are to share it; None: each job's own
+    - compiles: whether that is to be compiled, unless an earlier campaign has done so
     """
 
     bus: events.Bus
@@ -129,6 +130,7 @@ class Conditions:
     enough: Callable[[], bool] = lambda: False
     known: tuple[events.FailureFound, ...] = ()
     palette: int | None = None
+    compiles: bool = True
 
     def prepare(self, job: Job) -> Executor | None:
         """Return an executor that loads the job's kernel in the background; None if that cannot even begin, which will
@@ -159,10 +161,11 @@ class Conditions:
                 self.bus.emit(events.JobStarted(job, kernel.version, len(left), kernel.notes))
                 drawing = Drawing.of(job, kernel, self.regime, seed if self.palette is None else self.palette)
                 failed: list[Request] = []
-                if drawing.ahead:
+                if drawing.ahead and self.compiles:
                     started = time.monotonic()
                     compiled, failed = compile_ahead(job, drawing.ahead, until, in_flight.record, self.enough)
-                    self.bus.emit(events.KernelsCompiled(job, compiled, time.monotonic() - started))
+                    took, complete = time.monotonic() - started, compiled == len(drawing.ahead)
+                    self.bus.emit(events.KernelsCompiled(job, compiled, took, complete))
                 search = Search(
                     job,
                     executor,

@@ -37,11 +37,13 @@ class JobStarted:
 
 @dataclass(frozen=True)
 class KernelsCompiled:
-    """The job's palette of `cases` was run once in parallel, to compile what it needs, in `seconds`."""
+    """The job's palette of `cases` was run once in parallel, to compile what it needs, in `seconds`; not all of it
+    unless it is `complete`."""
 
     job: Job
     cases: int
     seconds: float
+    complete: bool = True
 
 
 @dataclass(frozen=True)

@@ -55,13 +55,14 @@ WAIT_SECONDS = 0.2
 @dataclass
 class JobState:
     """How far a job is: what was counted, the bugs that are not looked for any more, slices in a row that ended with an
-    error, and the lanes that run it now."""
+    error, how many lanes run it now, and the names of those that have compiled its palette."""
 
     job: Job
     statistics: Statistics
     known: dict[str, events.FailureFound] = field(default_factory=dict)
     errors: int = 0
     lanes: int = 0
+    compiled: set[str] = field(default_factory=set)
 
 
 class Night:
@@ -221,7 +222,7 @@ class Night:
             self.ledger.problem("all lanes were lost: the night ends early")
             return False
         for lane in self._lanes.idle():
-            task = self._next_task(lane.kind)
+            task = self._next_task(lane)
             if task is not None:
                 if isinstance(task, (FuzzTask, RetryTask)):
                     self.jobs[str(task.job)].lanes += 1
@@ -229,8 +230,8 @@ class Night:
                 self._lanes.start(lane, task)
         return bool(self._granted) or any(state.errors < MOST_ERRORS for state in self.jobs.values())
 
-    def _next_task(self, kind: str) -> Task | None:
-        for task in [task for task in self._tasks if task.kind == kind]:
+    def _next_task(self, lane: Lane) -> Task | None:
+        for task in [task for task in self._tasks if task.kind == lane.kind]:
             self._tasks.remove(task)
             if not isinstance(task, RegressionTask):
                 return task
@@ -238,14 +239,22 @@ class Night:
             if left > 0:
                 return dataclasses.replace(task, at_most=left)
             self._leave_out(task.pull_request, "there was no time left for it")
-        slice_ = self._schedule.next(kind, self.remaining)
+        slice_ = self._schedule.next(lane.kind, self.remaining)
         if slice_ is None:
             return None
         job, seconds = slice_
         self._slices += 1
-        known = tuple(self.jobs[str(job)].known.values())
-        seed = derive_seed(self._seed, self._slices)
-        return FuzzTask(job, seed, self._seed, seconds, self.remaining, known, self._config.examples)
+        state = self.jobs[str(job)]
+        return FuzzTask(
+            job,
+            seed=derive_seed(self._seed, self._slices),
+            palette=self._seed,
+            seconds=seconds,
+            at_most=self.remaining,
+            known=tuple(state.known.values()),
+            examples=self._config.examples,
+            compiles=lane.name not in state.compiled,
+        )
 
     # What comes back
 
@@ -259,7 +268,7 @@ class Night:
     def _take(self, lane: Lane, message: Message) -> None:
         match message:
             case Emitted(event):
-                self._take_event(self._with_own_job(event))
+                self._take_event(lane, self._with_own_job(event))
             case Running():
                 pass  # the lanes keep the last one
             case Done(problem, trace):
@@ -282,7 +291,7 @@ class Night:
             return event
         return dataclasses.replace(event, job=self.jobs[str(job)].job)  # type: ignore[arg-type]
 
-    def _take_event(self, event: events.Event) -> None:
+    def _take_event(self, lane: Lane, event: events.Event) -> None:
         match event:
             case events.FailureFound():
                 self._count(event.job, event)
@@ -298,12 +307,11 @@ class Night:
             case events.RegressionFinished():
                 self.ledger.regression(event)
                 return
-            case (
-                events.JobStarted(job)
-                | events.KernelsCompiled(job)
-                | events.CaseFinished(job)
-                | events.JobFinished(job)
-            ):
+            case events.KernelsCompiled(job):
+                self._count(job, event)
+                if event.complete:
+                    self.jobs[str(job)].compiled.add(lane.name)
+            case events.JobStarted(job) | events.CaseFinished(job) | events.JobFinished(job):
                 self._count(job, event)
         self.ledger.event(event)
 

@@ -68,7 +68,8 @@ class Task(Protocol):
 class FuzzTask:
     """A slice of a job: look for failures for `seconds` from the time that the kernel is loaded, and for no longer than
     `at_most` in all. `known` bugs are neither announced nor shrunk; `examples` is the address of a shared example
-    database, or empty; `palette` is the seed of what is compiled ahead, the same for all slices of a night."""
+    database, or empty; `palette` is the seed of what is compiled ahead, the same for all slices of a night, and
+    `compiles` whether it still has to be."""
 
     job: Job
     seed: int
@@ -77,6 +78,7 @@ class FuzzTask:
     at_most: float
     known: tuple[events.FailureFound, ...] = ()
     examples: str = ""
+    compiles: bool = True
 
     @property
     def kind(self) -> str:
@@ -95,6 +97,7 @@ class FuzzTask:
             enough=surroundings.is_stopped,
             known=self.known,
             palette=self.palette,
+            compiles=self.compiles,
         )
         conditions.run(self.job, None, lambda: min(last, time.monotonic() + self.seconds), self.seed)
 

@@ -163,7 +163,9 @@ class Conditions:
                 failed: list[Request] = []
                 if drawing.ahead and self.compiles:
                     started = time.monotonic()
-                    compiled, failed = compile_ahead(job, drawing.ahead, until, in_flight.record, self.enough)
+                    # What is not compiled after half of the time is compiled when its turn comes.
+                    half = None if until is None else (started + until) / 2
+                    compiled, failed = compile_ahead(job, drawing.ahead, half, in_flight.record, self.enough)
                     took, complete = time.monotonic() - started, compiled == len(drawing.ahead)
                     self.bus.emit(events.KernelsCompiled(job, compiled, took, complete))
                 search = Search(

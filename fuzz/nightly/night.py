@@ -145,7 +145,11 @@ class Night:
             self._lanes.close()
         self.ledger.settle(interrupted=self.interrupted)
         self._save()
-        broken = any(state.statistics.error or state.statistics.errors for state in self.jobs.values())
+        counted = [state.statistics for state in self.jobs.values()]
+        broken = any(each.error or each.errors or not each.cases for each in counted)
+        for state in self.jobs.values():
+            if not (state.statistics.cases or state.statistics.error or self.interrupted):
+                self.ledger.problem(f"{state.job}: not a single case came to its end")
         status = self.ledger.exit_status(interrupted=self.interrupted, broken=broken)
         self.ledger.finish("interrupted" if self.interrupted else "finished", status)
         self._run_folder.release()

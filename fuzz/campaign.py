@@ -149,7 +149,8 @@ class Conditions:
         first: Sequence[Request] = (),
     ) -> None:
         """Run a job, the requests of `first` before all others, and close its executor. The `deadline`, on the
-        monotonic clock, is asked for once the kernel is loaded."""
+        monotonic clock, is asked for once the kernel is loaded, and again once what it needs is compiled: many
+        processes that load a kernel and compile can take longer than the job was to."""
         error = ""
         executor, search = prepared, None
         try:
@@ -168,6 +169,7 @@ class Conditions:
                     compiled, failed = compile_ahead(job, drawing.ahead, half, in_flight.record, self.enough)
                     took, complete = time.monotonic() - started, compiled == len(drawing.ahead)
                     self.bus.emit(events.KernelsCompiled(job, compiled, took, complete))
+                    until = None if deadline is None else deadline()
                 search = Search(
                     job,
                     executor,

@@ -1,14 +1,17 @@
 """What a job draws: the palette of a compiled kernel, and compiling ahead."""
 
+import time
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 
 from kernelfuzz.fuzz import events
-from kernelfuzz.fuzz.campaign import Budget, Isolation, run_campaign
+from kernelfuzz.fuzz.campaign import Budget, Conditions, Isolation, run_campaign, saved_examples
 from kernelfuzz.fuzz.drawing import PALETTE, Drawing, compile_ahead
 from kernelfuzz.fuzz.executor import LoadedKernel
+from kernelfuzz.fuzz.files import InFlightFile
 from kernelfuzz.fuzz.job import Job, named_jobs
 from kernelfuzz.strategies import fused_moe_lora
 from kernelfuzz.strategies.errors import KernelfuzzError
@@ -83,3 +86,15 @@ def test_compiling_keeps_to_its_deadline_and_records_what_runs():
     assert recorded == []
     assert compile_ahead(FUSED, cases, None, recorded.append) == (12, [])
     assert {request.case for requests in recorded for request in requests} == set(cases)
+
+
+@pytest.mark.parametrize(("compiles", "compiled"), [(True, [(0, False)]), (False, [])])
+def test_a_job_whose_time_went_by_while_it_compiled_still_runs_cases(tmp_path, compiles, compiled):
+    seen = []
+    ends = iter([0.0, time.monotonic() + 600] if compiles else [time.monotonic() + 600])
+    places = partial(saved_examples, tmp_path), partial(InFlightFile, tmp_path)
+    conditions = Conditions(events.Bus([seen.append]), Isolation(workers=1), *places, examples=3, compiles=compiles)
+    conditions.run(FUSED, None, lambda: next(ends), 1)
+    found = [(event.cases, event.complete) for event in seen if isinstance(event, events.KernelsCompiled)]
+    assert found == compiled
+    assert (seen[-1].error, seen[-1].examples) == ("", 3)

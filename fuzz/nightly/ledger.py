@@ -17,6 +17,10 @@ from kernelfuzz.fuzz.store import queries
 from kernelfuzz.fuzz.store.store import Seen, Status, Store
 from kernelfuzz.strategies.errors import KernelfuzzError
 
+UNRELIABLE_NIGHTS = 3
+"""How many nights in a row must not see a failure that shows now and then, for it to be fixed: otherwise it would be
+fixed in one night and back in the next."""
+
 INTERRUPTED = 130
 """What a shell reports of a command that Ctrl-C ended: 128 + SIGINT."""
 
@@ -40,6 +44,7 @@ class Ledger:
     - known: failures that are listed as known
     - statuses: what each failure is in this run; found: those that were seen, by their fingerprints
     - regressions: the historical bugs, by their pull requests; problems: lines on the night itself
+    - concerned: the jobs on which each open failure is to be run again
     """
 
     def __init__(self, store: Store, run: int, seed: int, known: Sequence[KnownFailure], observer: Observer) -> None:
@@ -53,6 +58,7 @@ class Ledger:
         self._files = FailureFiles(store.folder, seed)
         self._known = known
         self._observer = observer
+        self.concerned: dict[str, list[Job]] = {}
         self._replays: dict[str, list[events.FailureReplayed]] = {}
         self._withdrawn: dict[str, str] = {}
         self._unsaved: list[Callable[[], object]] = []
@@ -185,16 +191,25 @@ class Ledger:
 
     def _settle(self, name: str) -> None:
         """Say that an open failure is fixed, if its case passes on all kernels that it concerns, or that nobody knows,
-        and why."""
+        and why. One that did not show in every run must pass in several nights in a row."""
         replays = self._replays.get(name, [])
         wrong = [each for each in replays if each.outcome != "FIXED"]
+        missing = [str(job) for job in self.concerned.get(name, []) if not self.was_replayed(name, job)]
+        document = self.open[name].document
+        is_unreliable = document.get("failed_runs", 1) < document.get("runs", 1)
+        nights = 1 + queries.quiet_runs(self._store.connection, name, self.run)
         status: Literal["fixed", "unseen"] = "unseen"
         if name in self._withdrawn:
             note = f"it shows together with {self._withdrawn[name]}, and is taken for that"
-        elif not replays:
-            note = "its case was not run: no kernel here, or no time"
         elif wrong:
             note = wrong[0].reason
+        elif missing:
+            note = f"its case was not run on {', '.join(missing)}"
+        elif not replays:
+            note = "its case was not run: none of the kernels is its own"
+        elif is_unreliable and nights < UNRELIABLE_NIGHTS:
+            rate = f"{document['failed_runs']} of {document['runs']} runs"
+            note = f"its case passes, but failed in {rate}: night {nights} of {UNRELIABLE_NIGHTS} that do not see it"
         else:
             status, note = "fixed", "; ".join(f"passes on {each.job.kernel} {each.version}" for each in replays)
         self.statuses[name] = status

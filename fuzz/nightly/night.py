@@ -174,9 +174,10 @@ class Night:
         trials: dict[str, list[tuple[str, Trial]]] = {}
         for name in self.ledger.open:
             saved = self.ledger.saved(name)
-            for job in [] if saved is None else self._jobs_of(saved):
-                assert saved is not None
-                trials.setdefault(str(job), []).append((name, Trial(saved, job, None)))
+            if saved is not None:
+                self.ledger.concerned[name] = self._jobs_of(saved)
+                for job in self.ledger.concerned[name]:
+                    trials.setdefault(str(job), []).append((name, Trial(saved, job, None)))
         self._tasks += [ReplayTask(self.jobs[name].job, tuple(some)) for name, some in trials.items()]
         for regression in REGRESSIONS if self._config.regressions else ():
             self._plan_regression(regression)

@@ -188,6 +188,23 @@ def replays(connection: sqlite3.Connection, run: int) -> list[Replay]:
     return [Replay(*row) for row in rows]
 
 
+def quiet_runs(connection: sqlite3.Connection, fingerprint: str, before: int) -> int:
+    """Return in how many runs in a row, up to the one before, a failure was not seen, and its case passed wherever it
+    was run."""
+    rows = connection.execute(
+        "SELECT status, (SELECT count(*) FROM replays WHERE run = sightings.run AND fingerprint = ?1"
+        " AND outcome = 'FIXED'), (SELECT count(*) FROM replays WHERE run = sightings.run AND fingerprint = ?1)"
+        " FROM sightings WHERE fingerprint = ?1 AND run < ?2 ORDER BY run DESC",
+        (fingerprint, before),
+    )
+    quiet = 0
+    for status, passed, replayed in rows:
+        if status != "unseen" or not 0 < passed == replayed:
+            break
+        quiet += 1
+    return quiet
+
+
 def regressions(connection: sqlite3.Connection, run: int) -> list[Regression]:
     """Return what became of the historical bugs in a run."""
     rows = connection.execute(

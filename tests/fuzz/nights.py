@@ -1,5 +1,6 @@
 """Makes stores of made-up nights: real cases of real targets, and verdicts that no kernel has earned."""
 
+import dataclasses
 from pathlib import Path
 
 from kernelfuzz.fuzz import events
@@ -42,9 +43,9 @@ class Nights:
         cases = self.cases[job.target.name]
         return events.FailureFound(job, fingerprint(job, failure), failure, cases[number % len(cases)], 7, shrunk=True)
 
-    def see(self, number: int, listed: str = "") -> str:
-        """Write down that the night has seen a bug; return its status."""
-        found = self.failure(number)
+    def see(self, number: int, listed: str = "", failed_runs: int = 10) -> str:
+        """Write down that the night has seen a bug, in so many of ten runs of its case; return its status."""
+        found = dataclasses.replace(self.failure(number), failed_runs=failed_runs, runs=10)
         self.files(events.JobStarted(found.job, "1.0"))
         self.files(found)
         assert not self.files.problem

@@ -66,7 +66,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class FuzzTask:
-    """A slice of a job: look for failures for `seconds` from the time that the kernel is loaded, and for no longer than
+    """A slice of a job: look for failures for `seconds` once the kernel is loaded and compiled, and for no longer than
     `at_most` in all. `known` bugs are neither announced nor shrunk; `examples` is the address of a shared example
     database, or empty; `palette` is the seed of what is compiled ahead, the same for all slices of a night, and
     `compiles` whether it still has to be."""
@@ -126,6 +126,7 @@ class RetryTask:
             examples=1,
             enough=surroundings.is_stopped,
             known=self.known,
+            compiles=False,
         )
         conditions.run(self.job, None, None, 0, [self.request])
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import signal
 import sys
@@ -46,7 +47,7 @@ def nightly(
     Exit status: 0 nothing new, 1 failures that are new or have come back, 2 usage or environment, 130 interrupted
     before one was found.
     """
-    console = Console(stderr=as_json, highlight=False, emoji=False)
+    console = _SteadyConsole(stderr=as_json, highlight=False, emoji=False)
     seconds = parse_seconds("--time", time)
     if config is None and Path(CONFIG).exists():
         config = Path(CONFIG)
@@ -97,12 +98,22 @@ def _summary(night: Night, seed: int, status: int) -> dict[str, Any]:
     }
 
 
+class _SteadyConsole(Console):
+    """A console whose reader may go away: the night goes on and says nothing any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing from now on."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, (sys.__stderr__ if self.stderr else sys.__stdout__).fileno())  # type: ignore[union-attr]
+
+
 class _Signals:
-    """Notes that Ctrl-C or SIGTERM came; what is being written is finished."""
+    """Notes that Ctrl-C, SIGTERM or SIGHUP came; what is being written is finished."""
 
     def __init__(self) -> None:
         self._came = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

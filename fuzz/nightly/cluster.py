@@ -86,8 +86,11 @@ class LaneActor:
 
     def _pump(self) -> None:
         """Take what the process tells, until it is gone or no driver has asked for long."""
+        lost = False
         while True:
-            for message in self._process.receive(_POLL_SECONDS):
+            if lost:  # a driver is told of it, or none comes
+                time.sleep(_POLL_SECONDS)
+            for message in () if lost else self._process.receive(_POLL_SECONDS):
                 with self._changed:
                     self._changed.wait_for(lambda: len(self._kept) < MOST_KEPT, ORPHAN_SECONDS)
                     self._number += 1
@@ -95,8 +98,7 @@ class LaneActor:
                         self._task = None
                     self._kept.append((self._number, message))
                     self._changed.notify_all()
-                if isinstance(message, Lost):
-                    return
+                lost = lost or isinstance(message, Lost)
             if time.monotonic() > self._asked + ORPHAN_SECONDS:
                 self._process.close()
                 os._exit(0)

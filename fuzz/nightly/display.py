@@ -38,7 +38,7 @@ class NightDisplay:
     def watch(self, night: Night, seed: int) -> None:
         """Say what is to run, and show it from now on."""
         self._night = night
-        self._say(f"run {night.ledger.run}: {len(night.jobs)} jobs for {_duration(night.seconds)}, seed {seed}")
+        self._say(f"run {night.ledger.run}: {len(night.jobs)} job(s) for {_duration(night.seconds)}, seed {seed}")
 
     def event(self, event: events.Event) -> None:
         """Say what was replayed, and without a terminal also which slice begins and ends."""
@@ -119,7 +119,10 @@ class NightDisplay:
             return Text("running" if state.lanes == 1 else f"{state.lanes} lanes", style="bold cyan")
         if state.statistics.error:
             return Text("error", style="bold red")
-        return Text("waiting" if state.statistics.seconds == 0 else "paused", style="dim")
+        assert self._night is not None
+        if state.statistics.seconds and not self._night.remaining:
+            return Text("done", style="green")
+        return Text("paused" if state.statistics.seconds else "waiting", style="dim")
 
     def print_end(self, night: Night, skipped: Sequence[Skipped]) -> None:
         """Print the table, what could not run, and what became of failures, the new ones first."""

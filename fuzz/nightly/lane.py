@@ -27,6 +27,7 @@ from kernelfuzz.strategies.errors import KernelfuzzError
 
 _END_SECONDS = 5.0
 _MOST_MESSAGES = 500
+_LAST_BYTES = 2000
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class LaneProcess:
 
     def __init__(self, settings: LaneSettings, environment: Mapping[str, str]) -> None:
         self.connection, theirs = Pipe()
+        self._output = os.memfd_create("kernelfuzz-lane")  # a pipe that nobody reads would fill
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", "from kernelfuzz.fuzz.nightly.lane import main; main()", str(theirs.fileno())],
@@ -80,7 +82,7 @@ class LaneProcess:
                 env={**environment, "PYTHONSAFEPATH": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stderr=self._output,
             )
         self._send(settings)
 
@@ -109,17 +111,24 @@ class LaneProcess:
     def _last_words(self) -> str:
         """Return how it ended."""
         self.close()
-        assert self._process.stderr is not None
-        lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+        end = os.fstat(self._output).st_size
+        lines = (
+            os.pread(self._output, _LAST_BYTES, max(0, end - _LAST_BYTES)).decode(errors="replace").strip().splitlines()
+        )
         status = self._process.returncode
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
         return f"its process {how}" + (f": {lines[-1]}" if lines else "")
 
-    def close(self) -> None:
-        """End it, and what it started."""
+    def hang_up(self) -> None:
+        """Have it end, and what it started, without waiting for that."""
         self.connection.close()
+
+    def close(self, until: float | None = None) -> None:
+        """End it, and wait for that, until the monotonic clock shows `until` or for some seconds; then kill it."""
+        self.hang_up()
+        left = _END_SECONDS if until is None else until - time.monotonic()
         try:
-            self._process.wait(_END_SECONDS)
+            self._process.wait(max(0.0, left))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -18,6 +18,9 @@ from kernelfuzz.fuzz.nightly.tasks import Running, Task
 MOST_LOSSES = 5
 """How often in a row a lane may be lost over its first message before it is given up."""
 
+END_SECONDS = 5.0
+"""How long all lanes together are waited for when they are ended."""
+
 
 @dataclass(eq=False)
 class Lane:
@@ -135,7 +138,10 @@ class LocalLanes:
     def close(self) -> None:
         """End all lanes."""
         for process in self._processes.values():
-            process.close()
+            process.hang_up()
+        until = time.monotonic() + END_SECONDS
+        for process in self._processes.values():
+            process.close(until)
         self._processes.clear()
 
 

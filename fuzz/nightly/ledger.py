@@ -44,7 +44,8 @@ class Ledger:
     - known: failures that are listed as known
     - statuses: what each failure is in this run; found: those that were seen, by their fingerprints
     - regressions: the historical bugs, by their pull requests; problems: lines on the night itself
-    - concerned: the jobs on which each open failure is to be run again
+    - concerned: the jobs on which each open failure is to be run again; left_out: those of its kernel and device that
+      cannot run here
     """
 
     def __init__(self, store: Store, run: int, seed: int, known: Sequence[KnownFailure], observer: Observer) -> None:
@@ -59,9 +60,11 @@ class Ledger:
         self._known = known
         self._observer = observer
         self.concerned: dict[str, list[Job]] = {}
+        self.left_out: dict[str, list[str]] = {}
         self._replays: dict[str, list[events.FailureReplayed]] = {}
         self._withdrawn: dict[str, str] = {}
         self._unsaved: list[Callable[[], object]] = []
+        self._is_counted = True
 
     def saved(self, name: str) -> SavedFailure | None:
         """Return an open failure from its folder, which is written again from the store where it is gone or damaged;
@@ -120,7 +123,8 @@ class Ledger:
 
         self.write(save)
         self.found[name] = found
-        self._observer.failure(found, self.statuses.setdefault(name, "new"))
+        unwritten: Status = "listed" if excuse else "known" if name in self.open else "new"
+        self._observer.failure(found, self.statuses.setdefault(name, unwritten))
 
     def replay(self, replayed: events.FailureReplayed) -> list[events.FailureFound]:
         """Write down what became of an open failure. Return it if it still fails; where its case shows something else,
@@ -178,7 +182,9 @@ class Ledger:
             self.write(action)
         try:
             self._store.save_statistics(self.run, entries)
+            self._is_counted = True
         except KernelfuzzError as error:  # the next time they are written as a whole
+            self._is_counted = False
             self.problem(str(error))
 
     def settle(self, *, interrupted: bool) -> None:
@@ -195,6 +201,7 @@ class Ledger:
         replays = self._replays.get(name, [])
         wrong = [each for each in replays if each.outcome != "FIXED"]
         missing = [str(job) for job in self.concerned.get(name, []) if not self.was_replayed(name, job)]
+        missing += self.left_out.get(name, [])
         document = self.open[name].document
         is_unreliable = document.get("failed_runs", 1) < document.get("runs", 1)
         nights = 1 + queries.quiet_runs(self._store.connection, name, self.run)
@@ -217,16 +224,17 @@ class Ledger:
 
     def exit_status(self, *, interrupted: bool, broken: bool) -> int:
         """Return the exit status that the night has earned: 1 for failures that are new or have come back, and for
-        historical bugs that an earlier night told apart and this one did not; otherwise 130 if it was `interrupted`, 2
-        if something is `broken` or could not be written, or 0."""
+        historical bugs that are not told apart, unless the last night that looked for them said so; otherwise 130 if it
+        was `interrupted`, 2 if something is `broken` or could not be written, or 0."""
         earlier = queries.last_regressions(self._store.connection, self.run)
         lost = [name for name, each in self.regressions.items() if each.outcome == "FAIL" != earlier.get(name)]
         if lost or any(status in ("new", "returned") for status in self.statuses.values()):
             return 1
         if interrupted:
             return INTERRUPTED
-        return 2 if broken or self._unsaved else 0
+        return 2 if broken or self._unsaved or not self._is_counted else 0
 
-    def finish(self, state: str, exit_status: int) -> None:
-        """End the run in the store."""
+    def finish(self, state: str, exit_status: int) -> int:
+        """End the run in the store. Return the exit status, which is 2 instead of 0 if that cannot be written."""
         self.write(lambda: self._store.finish_run(self.run, state, exit_status, self.problems))
+        return exit_status or (2 if self._unsaved else 0)

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kernelfuzz.fuzz import events
@@ -20,7 +21,7 @@ from kernelfuzz.fuzz.nightly.config import Config
 from kernelfuzz.fuzz.nightly.lane import Done, Emitted, Lost, Message
 from kernelfuzz.fuzz.nightly.lanes import Lane, Lanes
 from kernelfuzz.fuzz.nightly.ledger import Ledger, Observer
-from kernelfuzz.fuzz.nightly.records import RunFolder
+from kernelfuzz.fuzz.nightly.records import RunFolder, alone
 from kernelfuzz.fuzz.nightly.schedule import Schedule
 from kernelfuzz.fuzz.nightly.statistics import Statistics
 from kernelfuzz.fuzz.nightly.tasks import FuzzTask, RegressionTask, ReplayTask, RetryTask, Running, Task
@@ -99,21 +100,27 @@ class Night:
         self._slices = 0
         self._granted: dict[Lane, float] = {}
         self._replayed_twice: set[str] = set()
-        for run in queries.runs(store.connection):
-            if run.state == "running" and RunFolder(store.folder, run.id).is_left():
-                store.cut_off(run.id)
-        run_number = store.start_run(
-            seed,
-            seconds,
-            environment(),
-            config.to_json(),
-            [
-                {"target": each.target, "kernel": str(each.kernel), "device": each.device, "reason": each.reason}
-                for each in skipped
-            ],
-        )
-        self._run_folder = RunFolder(store.folder, run_number)
-        self._run_folder.hold()
+        self._retries: dict[int, Path] = {}
+        self._skipped = skipped
+        self._is_broken = False
+        identity = queries.identity(store.connection)
+        with alone(store.folder):
+            for run in queries.runs(store.connection):
+                if run.state == "running" and RunFolder(store.folder, identity, run.id).is_left():
+                    store.cut_off(run.id)
+            run_number = store.start_run(
+                seed,
+                seconds,
+                environment(),
+                config.to_json(),
+                [
+                    {"target": each.target, "kernel": str(each.kernel), "device": each.device, "reason": each.reason}
+                    for each in skipped
+                ],
+            )
+            self._run_folder = RunFolder(store.folder, identity, run_number)
+            self._run_folder.hold()
+            self._left = self._run_folder.take_left()
         self.ledger = Ledger(store, run_number, seed, config.known, observer)
         self._lanes = lanes
         kinds: dict[str, int | None] = dict.fromkeys(job.device.type for job in jobs)
@@ -146,12 +153,12 @@ class Night:
         self.ledger.settle(interrupted=self.interrupted)
         self._save()
         counted = [state.statistics for state in self.jobs.values()]
-        broken = any(each.error or each.errors or not each.cases for each in counted)
+        broken = self._is_broken or any(each.error or each.errors or not each.cases for each in counted)
         for state in self.jobs.values():
             if not (state.statistics.cases or state.statistics.error or self.interrupted):
                 self.ledger.problem(f"{state.job}: not a single case came to its end")
         status = self.ledger.exit_status(interrupted=self.interrupted, broken=broken)
-        self.ledger.finish("interrupted" if self.interrupted else "finished", status)
+        status = self.ledger.finish("interrupted" if self.interrupted else "finished", status)
         self._run_folder.release()
         return status
 
@@ -168,14 +175,14 @@ class Night:
 
     def _plan(self) -> None:
         """Line up what is done before anything else: what was cut off, stored failures, historical bugs."""
-        for number, records in self._run_folder.take_left():
-            for running in records:
-                self._retry(running, f"run {number} ended")
+        for running in self._left:
+            self._retry(running, "an earlier run ended")
         trials: dict[str, list[tuple[str, Trial]]] = {}
         for name in self.ledger.open:
             saved = self.ledger.saved(name)
             if saved is not None:
                 self.ledger.concerned[name] = self._jobs_of(saved)
+                self.ledger.left_out[name] = self._left_out(saved)
                 for job in self.ledger.concerned[name]:
                     trials.setdefault(str(job), []).append((name, Trial(saved, job, None)))
         self._tasks += [ReplayTask(self.jobs[name].job, tuple(some)) for name, some in trials.items()]
@@ -190,6 +197,15 @@ class Night:
         matching = [job for job in jobs if job.target.name == saved.case.target and job.kernel.package == package]
         return [job for job in matching if job.device.type == kind] or matching
 
+    def _left_out(self, saved: SavedFailure) -> list[str]:
+        """Return the jobs that could show a stored failure if they could run here."""
+        package, kind = saved.kernel.partition("@")[0], saved.device.partition(":")[0]
+        return [
+            f"{each.target} on {each.kernel} ({each.device})"
+            for each in self._skipped
+            if (each.target, each.kernel.package, each.device.partition(":")[0]) == (saved.case.target, package, kind)
+        ]
+
     def _retry(self, running: Running, why: str) -> None:
         """Line up what workers had when they were lost. What was lost twice is left to a person."""
         state = self.jobs.get(str(running.job))
@@ -199,7 +215,9 @@ class Night:
             self.ledger.problem(f"{running.job}: {path} was running twice when its night was cut off; not run again")
         elif state is not None:
             for request in running.requests:
-                self._tasks.append(RetryTask(state.job, request, tuple(state.known.values())))
+                task = RetryTask(state.job, request, tuple(state.known.values()))
+                self._tasks.append(task)
+                self._retries[id(task)] = self._run_folder.keep(Running(state.job, (request,)), len(self._retries))
             count = len(running.requests)
             self.ledger.problem(f"{running.job}: {count} case(s) that were running when {why} are run again")
 
@@ -225,6 +243,7 @@ class Night:
         """Give idle lanes something to do; return whether there is anything left to wait for."""
         if not self._lanes.kinds():
             self.ledger.problem("all lanes were lost: the night ends early")
+            self._is_broken = True
             return False
         for lane in self._lanes.idle():
             task = self._next_task(lane)
@@ -233,6 +252,8 @@ class Night:
                     self.jobs[str(task.job)].lanes += 1
                 self._granted[lane] = task.seconds if isinstance(task, FuzzTask) else 0.0
                 self._lanes.start(lane, task)
+                if id(task) in self._retries:
+                    self._retries.pop(id(task)).unlink(missing_ok=True)
         return bool(self._granted) or any(state.errors < MOST_ERRORS for state in self.jobs.values())
 
     def _next_task(self, lane: Lane) -> Task | None:
@@ -387,6 +408,7 @@ class Night:
                 self._leave_out(task.pull_request, "the night ended before its turn")
         for lane in list(self._granted):
             self.ledger.problem(f"lane {lane.name} did not end in time and was killed: {_describe(lane.task)}")
+            self._is_broken = True
             self._end_task(lane)
 
 

@@ -5,7 +5,8 @@ import fcntl
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kernelfuzz.fuzz.executor import Request
@@ -45,12 +46,29 @@ def read_record(path: Path) -> Running | None:
     return None
 
 
-class RunFolder:
-    """The folder of a run below `store`/runs, for the files of its lanes. The process of the run holds it, and Linux
-    lets go of it when that process is gone."""
+@contextmanager
+def alone(store: Path) -> Iterator[None]:
+    """Look at the runs of a store, and begin one, while no other process does. Raises KernelfuzzError where the store's
+    folder cannot be written."""
+    folder = store / "runs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise KernelfuzzError(f"{folder}: {error.strerror}; name a --store that can be written") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
-    def __init__(self, store: Path, number: int) -> None:
-        self.path = store / "runs" / str(number)
+
+class RunFolder:
+    """The folder of a run below `store`/runs, for the files of its lanes; `identity` is the store's. The process of the
+    run holds it, and Linux lets go of it when that process is gone."""
+
+    def __init__(self, store: Path, identity: str, number: int) -> None:
+        self.path = store / "runs" / f"{identity}-{number}"
         self._lock: int | None = None
 
     def hold(self) -> None:
@@ -69,7 +87,7 @@ class RunFolder:
         except OSError:
             return True
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
             return False
         finally:
@@ -81,15 +99,24 @@ class RunFolder:
         found = [read_record(path) for path in sorted(self.path.glob("*.jsonl"))]
         return [running for running in found if running is not None and running.requests]
 
-    def take_left(self) -> list[tuple[int, list[Running]]]:
-        """Return what runs have left whose processes are gone, by their numbers, and take their folders away."""
+    def keep(self, running: Running, number: int) -> Path:
+        """Write down what is to be run again, until it is its turn, and return the file."""
+        path = self.path / f"again-{number}.jsonl"
+        with suppress(OSError):  # a full disk costs no more than this record
+            write_record(path, running)
+        return path
+
+    def take_left(self) -> list[Running]:
+        """Return what runs have left whose processes are gone, and take their folders away."""
         left = []
-        for path in self.path.parent.iterdir():
-            other = RunFolder(self.path.parent.parent, int(path.name)) if path.name.isdigit() else None
-            if other is not None and path != self.path and other.is_left():
-                left.append((int(path.name), other.records()))
-                shutil.rmtree(path, ignore_errors=True)
-        return sorted(left, key=lambda each: each[0])
+        for path in sorted(self.path.parent.iterdir()):
+            identity, _, number = path.name.rpartition("-")
+            if path != self.path and number.isdigit():
+                other = RunFolder(self.path.parent.parent, identity, int(number))
+                if other.is_left():
+                    left += other.records()
+                    shutil.rmtree(path, ignore_errors=True)
+        return left
 
     def release(self) -> None:
         """Let go of the folder, and take it away unless lanes were killed over what they had running."""

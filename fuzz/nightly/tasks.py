@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -200,7 +200,6 @@ class _Recorder:
     job: Job
     tell: Callable[[Running], None]
     retried: Request | None = None
-    _told: bool = field(default=False, init=False)
 
     def __enter__(self) -> "_Recorder":
         return self

@@ -214,9 +214,11 @@ def regressions(connection: sqlite3.Connection, run: int) -> list[Regression]:
 
 
 def last_regressions(connection: sqlite3.Connection, before: int) -> dict[str, str]:
-    """Return the outcome that each historical bug had in the last earlier run that ran it."""
+    """Return the outcome that each historical bug had in the last earlier run that ran it and ended by itself."""
     rows = connection.execute(
-        "SELECT pull_request, outcome FROM regressions WHERE run < ? AND outcome <> 'NOT RUN' ORDER BY run", (before,)
+        "SELECT pull_request, outcome FROM regressions JOIN runs ON runs.id = run"
+        " WHERE run < ? AND outcome <> 'NOT RUN' AND finished IS NOT NULL ORDER BY run",
+        (before,),
     )
     return dict(rows.fetchall())
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from kernelfuzz.fuzz.store.schema import APPLICATION_ID, SCHEMA, migrate
 from kernelfuzz.strategies.errors import KernelfuzzError
 
-BUSY_SECONDS = 30.0
-"""How long another writer is waited for."""
+BUSY_SECONDS = 5.0
+"""How long another writer is waited for; what could not be written then is tried again."""
 
 MOST_FILES = 100
 
@@ -128,7 +128,8 @@ class Store:
             for name in withdrawn:
                 connection.execute("DELETE FROM sightings WHERE run = ? AND fingerprint = ?", (run, name))
                 connection.execute("DELETE FROM failures WHERE first_run = ? AND fingerprint = ?", (run, name))
-            status = "listed" if listed else self._status(run, seen.fingerprint)
+            # One kernel's excuse is none for another one in the same run.
+            status = self._said(run, seen.fingerprint) or ("listed" if listed else self._status(run, seen.fingerprint))
             time, document = now(), json.dumps(seen.document, allow_nan=False)
             connection.execute(
                 "INSERT INTO failures VALUES (?, ?, ?, ?, ?, ?, NULL, ?, ?) ON CONFLICT (fingerprint) DO UPDATE SET"
@@ -142,15 +143,16 @@ class Store:
             )
         return status
 
-    def _status(self, run: int, fingerprint: str) -> Status:
-        """Return what a failure is in a run that sees it."""
+    def _said(self, run: int, fingerprint: str) -> Status | None:
+        """Return what a failure was called in this run without an excuse, if it was."""
         said = self.connection.execute(
             "SELECT status FROM sightings WHERE run = ? AND fingerprint = ? AND status IN ('new', 'returned', 'known')",
             (run, fingerprint),
         ).fetchone()
-        if said:
-            status: Status = said[0]
-            return status
+        return said[0] if said else None
+
+    def _status(self, run: int, fingerprint: str) -> Status:
+        """Return what a failure is in a run that sees it for the first time."""
         earlier = self.connection.execute(
             "SELECT status FROM sightings JOIN runs ON runs.id = run"
             " WHERE fingerprint = ? AND run < ? AND status NOT IN ('unseen') AND finished IS NOT NULL"
@@ -238,10 +240,12 @@ def _problem(path: Path) -> str | None:
             (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
             (damage,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         connection.close()
+    except sqlite3.OperationalError as error:  # it is locked or cannot be read, which says nothing of what it holds
+        raise KernelfuzzError(f"{path}: {error}; free it, or name another --store") from error
     except sqlite3.DatabaseError as error:
         return f"{path} is damaged ({error})"
     if damage != "ok":
-        return f"{path} is damaged ({damage.splitlines()[0]})"
+        return f"{path} is damaged ({damage.splitlines()[-1]})"
     if tables and application != APPLICATION_ID:
         return f"{path} is the SQLite file of another program"
     if schema > SCHEMA:

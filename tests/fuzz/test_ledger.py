@@ -1,5 +1,6 @@
 """What a night says of failures that it has not seen."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -67,3 +68,29 @@ def test_a_failure_that_shows_now_and_then_is_fixed_after_three_quiet_nights(tmp
     found = [next_night(nights) for _ in range(3)]
     assert [status for status, _ in found] == ["unseen", "unseen", "fixed"]
     assert "failed in 1 of 10 runs: night 2 of 3" in found[1][1]
+
+
+def test_a_failure_of_a_kernel_that_cannot_run_here_is_not_fixed(tmp_path):
+    nights = first_night(tmp_path)
+    nights.start()
+    bug = nights.failure(0)
+    ledger = Ledger(nights.store, nights.run, 1, (), Silent())
+    ledger.concerned[bug.fingerprint] = [bug.job]
+    ledger.left_out[bug.fingerprint] = ["bgmv on vllm@/gone (cuda)"]
+    ledger.replay(events.FailureReplayed(bug.job, bug.fingerprint, bug.case, "1.0", "FIXED", ""))
+    ledger.settle(interrupted=False)
+    assert ledger.statuses == {bug.fingerprint: "unseen"}
+
+
+def test_a_known_failure_that_cannot_be_written_is_still_known(tmp_path):
+    nights = first_night(tmp_path)
+    nights.start()
+    ledger = Ledger(nights.store, nights.run, 1, (), Silent())
+    pages = nights.store.connection.execute("PRAGMA page_count").fetchone()[0]
+    nights.store.connection.execute(f"PRAGMA max_page_count = {pages}")
+    bug = dataclasses.replace(nights.failure(0), arguments={"text": "x" * 200_000})
+    ledger.write(lambda: nights.store.save_statistics(nights.run, {("a", "b", "c"): {"text": "x" * 500_000}}))
+    ledger.failure(bug, "1.0")
+    ledger.save({})
+    assert ledger.statuses == {bug.fingerprint: "known"}
+    assert ledger.exit_status(interrupted=False, broken=False) == 2

@@ -224,3 +224,36 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path):
 def test_stores_have_names_of_their_own(tmp_path):
     names = {queries.identity(Store(tmp_path / name).connection) for name in "abc"}
     assert len(names) == 3
+
+
+def test_one_kernels_excuse_is_none_for_another_in_the_same_run(tmp_path):
+    for number, order in enumerate((("", "why"), ("why", ""))):
+        store = Store(tmp_path / str(number))
+        night = run(store)
+        for listed in order:
+            store.save_failure(night, seen(kernel=f"vllm@{listed or 2}"), listed=listed)
+        assert statuses(store, night) == {"a.bug": "new"}
+
+
+def test_a_store_that_is_locked_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr("kernelfuzz.fuzz.store.store.BUSY_SECONDS", 0.1)
+    store = Store(tmp_path)
+    store.close()
+    other = sqlite3.connect(tmp_path / "store.sqlite", isolation_level=None)
+    other.execute("PRAGMA locking_mode = EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(KernelfuzzError, match="database is locked; free it"):
+        Store(tmp_path)
+    other.close()
+    assert Store(tmp_path).problems == []
+    assert not (tmp_path / "store-2.sqlite").exists()
+
+
+def test_a_historical_bug_that_a_cut_off_run_lost_is_news_to_the_next(tmp_path):
+    store = Store(tmp_path)
+    first = run(store)
+    store.save_regression(first, "40131", "a title", "FAIL", "not found")
+    second = run(store)
+    assert queries.last_regressions(store.connection, second) == {}
+    store.finish_run(first, "finished", 1, [])
+    assert queries.last_regressions(store.connection, second) == {"40131": "FAIL"}

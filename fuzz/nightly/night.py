@@ -175,8 +175,8 @@ class Night:
 
     def _plan(self) -> None:
         """Line up what is done before anything else: what was cut off, stored failures, historical bugs."""
-        for running in self._left:
-            self._retry(running, "an earlier run ended")
+        for number, running in self._left:
+            self._retry(running, f"run {number} ended")
         trials: dict[str, list[tuple[str, Trial]]] = {}
         for name in self.ledger.open:
             saved = self.ledger.saved(name)

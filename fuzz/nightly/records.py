@@ -106,15 +106,15 @@ class RunFolder:
             write_record(path, running)
         return path
 
-    def take_left(self) -> list[Running]:
-        """Return what runs have left whose processes are gone, and take their folders away."""
+    def take_left(self) -> list[tuple[int, Running]]:
+        """Return what runs have left whose processes are gone, by their numbers, and take their folders away."""
         left = []
         for path in sorted(self.path.parent.iterdir()):
             identity, _, number = path.name.rpartition("-")
             if path != self.path and number.isdigit():
                 other = RunFolder(self.path.parent.parent, identity, int(number))
                 if other.is_left():
-                    left += other.records()
+                    left += [(int(number), running) for running in other.records()]
                     shutil.rmtree(path, ignore_errors=True)
         return left
 
